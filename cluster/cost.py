@@ -1,0 +1,112 @@
+"""What a stage will roughly cost, without torch: enough to start the longest work first and to say how long it will take.
+
+`cluster.price` replaces the parameters by counted ones.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cluster.plan import Node, Plan
+from gr.data.dataset import Dataset
+
+START = {"plant": 2.0, "prepare": 2.0, "baseline": 2.0}
+"""Seconds until a stage's program is loaded, where it needs no torch."""
+START_TORCH = 7.0
+TEXT_TOKENS = 10
+"""Tokens of an item's text, where nothing is known of it."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known of the data before anything ran."""
+
+    users: int
+    items: int
+    interactions: int
+
+
+def facts_of(plan: Plan, node: Node) -> Facts:
+    """The counts of the data set that a stage stands on."""
+    at = node
+    while at.stage != "plant":
+        source = at.inputs.get("dataset") or at.inputs.get("split") or next(iter(at.inputs.values()))
+        if source not in plan.nodes:
+            counts = Dataset(Path(source)).counts
+            return Facts(counts["users"], counts["items"], counts["interactions"])
+        at = plan.nodes[source]
+    world = at.config["world"]
+    return Facts(world["users"], world["items"], round(world["users"] * world["mean_length"]))
+
+
+def layers_parameters(stage: str, size: dict[str, Any]) -> int:
+    """Weights of the layers (no embeddings): 4 d^2 of attention, 3 d d_ff of a gated or 2 d d_ff of a plain feed-forward net."""
+    d, layers, d_ff = size["d_model"], size["layers"], size["d_ff"]
+    if stage == "train_sid":
+        inner = size["heads"] * size["d_kv"]
+        return int(layers * ((4 + 8) * d * inner + 2 * 2 * d * d_ff))  # the decoder attends twice
+    return int(layers * (4 * d * d + 3 * d * d_ff))
+
+
+def upstream_config(plan: Plan, node: Node, stage: str) -> dict[str, Any] | None:
+    """The configuration of the nearest stage of that name among the node and what it stands on."""
+    todo = [node]
+    while todo:
+        at = todo.pop(0)
+        if at.stage == stage:
+            return at.config
+        todo += [plan.nodes[i] for i in at.inputs.values() if i in plan.nodes]
+    return None
+
+
+def tokens(plan: Plan, node: Node, facts: Facts) -> int:
+    """Tokens that pass through the model, an upper bound: every history as long as the data's mean allows."""
+    config = node.config
+    history = max(1, min(config.get("max_history", 20), facts.interactions // max(1, facts.users)))
+    units = config["optimizer"]["steps"] * config["optimizer"]["global_batch"] if "optimizer" in config else 0
+    quantize = upstream_config(plan, node, "quantize")
+    digits = quantize["levels"] + 1 if quantize else 0
+    users = config.get("users") or facts.users
+    if node.stage == "train_sid":
+        return int(units * (history + 1) * digits)
+    if node.stage == "evaluate_sid":
+        return int(users * digits * (history + config["beams"]))
+    if node.stage == "train_llm":
+        return int(units * min(config["max_tokens"], (history + 1) * TEXT_TOKENS))
+    if node.stage == "evaluate_llm":
+        return int(users * TEXT_TOKENS * (history + config["beams"]))
+    if node.stage in {"train_encoder", "pretrain_llm"}:
+        return int(units * min(config["max_tokens"], TEXT_TOKENS))
+    if node.stage == "encode":
+        return int(facts.items * min(config["max_tokens"], TEXT_TOKENS))
+    return 0
+
+
+def size_of(plan: Plan, node: Node) -> tuple[str, dict[str, Any]] | None:
+    """The training stage whose model this stage runs, and its sizes; None where it runs none, or one from outside."""
+    stage = {"evaluate_sid": "train_sid", "encode": "train_encoder", "evaluate_llm": "pretrain_llm"}.get(
+        node.stage, "pretrain_llm" if node.stage == "train_llm" else node.stage
+    )
+    config = upstream_config(plan, node, stage)
+    return (stage, config["size"]) if config and "size" in config else None
+
+
+def flops(node: Node, n_parameters: int, n_tokens: int) -> float:
+    """6 per weight and token for training, 2 for inference (Kaplan et al. 2020, section 2.1).
+
+    LoRA needs no gradients of the frozen weights: 4 per weight and token. In an encoder-decoder a token passes one of the two
+    stacks: half.
+    """
+    per = {"train_sid": 3, "evaluate_sid": 1, "train_encoder": 6, "pretrain_llm": 6, "train_llm": 4}.get(node.stage, 2)
+    return float(per * n_parameters * n_tokens)
+
+
+def seconds(plan: Plan, node: Node) -> float:
+    """A rough time, for the order of the work and the time left."""
+    start = START.get(node.stage, START_TORCH)
+    facts = facts_of(plan, node)
+    size = size_of(plan, node)
+    if size is None:
+        return start + facts.interactions * 2e-5
+    rate = plan.study.resources.flops_per_second * node.processes * node.threads
+    return start + flops(node, layers_parameters(*size), tokens(plan, node, facts)) / rate

@@ -1,0 +1,138 @@
+"""The metrics table: one row per evaluated point, written once and whole."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from cluster.identity import canonical
+from cluster.plan import Node, Plan, Point
+from cluster.store import Store
+from cluster.study import METRICS
+from gr.metrics import RECALL_AT
+
+EXPECTED = [f"expected_recall@{k}" for k in RECALL_AT]
+SIZES = ("n_rs", "n_llm", "n_qt", "n_lora", "n_cf", "n_total", "n_non_embedding")
+
+SCHEMA = pa.schema(
+    [(name, pa.string()) for name in ("study", "run_id", "dataset", "protocol", "paradigm", "model")]
+    + [("seed", pa.int64())]
+    + [(name, pa.int64()) for name in SIZES]
+    + [("users", pa.int64()), ("interactions", pa.int64()), ("train_tokens", pa.int64())]
+    + [(name, pa.float64()) for name in ("train_flops", "infer_flops_per_user", "train_seconds", "eval_seconds")]
+    + [("users_per_second", pa.float64()), ("peak_memory_bytes", pa.int64()), ("loss_val", pa.float64())]
+    + [(name, pa.float64()) for name in METRICS]
+    + [("inject", pa.string()), ("data_fraction", pa.float64()), ("status", pa.string())]
+    + [("lr", pa.float64()), ("lr_choice", pa.string()), ("init", pa.string()), ("steps", pa.int64())]
+    + [("collision_rate", pa.float64()), ("invalid_beams", pa.float64()), ("beams", pa.int64())]
+    + [
+        ("encoder_init", pa.string()),
+        ("evaluated_users", pa.int64()),
+        ("started", pa.string()),
+        ("host", pa.string()),
+        ("device", pa.string()),
+    ]
+    + [("versions", pa.string()), ("launch", pa.string()), ("evaluation", pa.string())]
+    + [("evaluated_part", pa.string()), ("loss_unit", pa.string())]
+    + [(name, pa.float64()) for name in EXPECTED]
+    + [("shared_titles_policy", pa.string())]
+    + [(name, pa.int64()) for name in ("items_with_shared_title", "empty_titles", "truncated_titles")]
+)
+"""The table's columns; null where one does not apply. Sizes are counted parameters, times seconds, memory bytes.
+
+``evaluated_part``: "test" or "val"; ``loss_unit``: what ``loss_val`` is a mean over, and so comparable within a paradigm only;
+``expected_recall@k``: of the planted world's optimum, free of the targets' luck.
+"""
+
+_TRAIN = ["n_non_embedding", "train_tokens", "train_flops", "train_seconds", "peak_memory_bytes", "loss_val"]
+_TRAIN += ["lr", "steps", "device"]
+_EVALUATE = ["infer_flops_per_user", "eval_seconds", "users_per_second", "invalid_beams", "beams", "evaluated_users", *METRICS]
+_TITLES = ["shared_titles_policy", "items_with_shared_title", "empty_titles", "truncated_titles"]
+_SOURCES: dict[str, tuple[tuple[str, list[str]], ...]] = {
+    "sid": (
+        ("encode", ["n_llm", "encoder_init"]),
+        ("quantize", ["n_qt", "collision_rate"]),
+        ("train_sid", ["n_rs", "init", *_TRAIN]),
+        ("evaluate_sid", _EVALUATE),
+    ),
+    "llm": (("train_llm", ["n_llm", "n_lora", "init", *_TRAIN]), ("evaluate_llm", [*_TITLES, *_EVALUATE])),
+    "cf": (("baseline", ["n_cf", "train_seconds", "peak_memory_bytes", "device", *EXPECTED, *_EVALUATE]),),
+}
+"""Which stage of a point each column comes from: a study's encoder is trained too, but its loss is not the point's."""
+_LOSS_UNIT = {"sid": "nats per item", "llm": "nats per title token"}
+_TOTAL = {"sid": ("n_rs", "n_llm", "n_qt"), "llm": ("n_llm", "n_lora"), "cf": ("n_cf",)}
+
+
+def row(store: Store, plan: Plan, point: Point) -> dict[str, Any]:
+    """The point's row from the manifests of the stages it stands on. FileNotFoundError when one of them is missing."""
+    found: dict[str, Any] = dict.fromkeys(SCHEMA.names)
+    nodes: dict[str, tuple[Node, dict[str, Any]]] = {}
+    for node in plan.upstream(point):
+        manifest = store.manifest(node)
+        if manifest is None:
+            raise FileNotFoundError(f"{store.artifact(node)}: not finished")
+        nodes[node.stage] = (node, manifest)
+    for stage, columns in _SOURCES[point.paradigm]:
+        facts = nodes[stage][1]["facts"]
+        found.update({column: facts[column] for column in columns if facts.get(column) is not None})
+    last_node, last = nodes[plan.nodes[point.nodes[-1]].stage]
+    first_node, _ = nodes[plan.nodes[point.nodes[0]].stage]
+    counts = nodes["prepare"][1]["facts"]
+    sizes = [found[name] for name in _TOTAL[point.paradigm]]
+    found.update(
+        study=plan.study.study,
+        run_id=point.run_id,
+        dataset=point.dataset,
+        protocol=point.protocol,
+        paradigm=point.paradigm,
+        model=point.model,
+        seed=point.seed,
+        n_total=sum(sizes) if None not in sizes else None,
+        users=counts["users"],
+        interactions=counts["interactions"],
+        inject="none",
+        data_fraction=1.0,
+        status="ok",
+        evaluated_part=last_node.config["which"],
+        loss_unit=_LOSS_UNIT.get(point.paradigm),
+        # The study's present words: the manifest has those of the study that trained it, which may have stated it otherwise.
+        lr_choice=first_node.config.get("optimizer", {}).get("lr_choice"),
+        started=last["started"],
+        host=last.get("host"),
+        versions=canonical(last["versions"]),
+        launch=canonical({"processes": first_node.processes, "threads": first_node.threads}),
+        evaluation=str(store.artifact(last_node).relative_to(store.folder)),
+    )
+    return found
+
+
+def write_row(store: Store, plan: Plan, point: Point) -> None:
+    """Writes the point's row aside and renames it into place."""
+    path = store.row(point)
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    pq.write_table(pa.Table.from_pylist([row(store, plan, point)], SCHEMA), aside)
+    aside.replace(path)
+
+
+def read_row(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = pq.read_table(path).to_pylist()[0]
+    return found
+
+
+def refresh_rows(store: Store, plan: Plan) -> None:
+    """Writes the row of every finished point that has none, or one in other words or with other columns than it has now."""
+    for point in plan.points:
+        path = store.row(point)
+        if all(store.done(node) for node in plan.upstream(point)) and not (
+            path.is_file() and read_row(path) == row(store, plan, point)
+        ):
+            write_row(store, plan, point)
+
+
+def write_missing_rows(store: Store, plan: Plan) -> None:
+    """Writes the row of every point whose stages are all finished and that has none."""
+    for point in plan.points:
+        if not store.row(point).is_file() and all(store.done(node) for node in plan.upstream(point)):
+            write_row(store, plan, point)

@@ -1,0 +1,316 @@
+"""The study as a graph of stages. Stages that several points share are one node."""
+
+import difflib
+import re
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from cluster.identity import identity
+from cluster.study import EncoderSpec, LlmRung, Loaded, SidRung, Study, StudyOptimizer
+from gr.data.dataset import Dataset
+from gr.errors import UserError
+from gr.files import sha256
+from jobs.config import INTERFACE, STAGES, Config, LeaveOneOut, Temporal
+
+Protocols = LeaveOneOut | Temporal
+NO_GPU = frozenset({"plant", "prepare", "baseline", "quantize"})
+WEIGHTS = re.compile(r".*\.(json|safetensors|bin|model|txt)$")
+
+
+@dataclass(frozen=True)
+class Node:
+    """One stage of one configuration. ``inputs``: name -> a node's id, or the absolute path of a folder from outside."""
+
+    id: str
+    stage: str
+    config: dict[str, Any]
+    inputs: dict[str, str]
+    processes: int = 1
+    threads: int = 1
+    gpus: int = 0
+
+    @property
+    def key(self) -> str:
+        return f"{self.stage}-{self.id}"
+
+
+@dataclass(frozen=True)
+class Point:
+    """One row of the metrics table; the last of ``nodes`` measures it."""
+
+    run_id: str
+    dataset: str
+    protocol: str
+    paradigm: str
+    model: str
+    seed: int
+    nodes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Nodes that run one after the other in one trial; ``needs``: the nodes outside that must be finished first."""
+
+    nodes: tuple[str, ...]
+    needs: frozenset[str]
+
+
+@dataclass
+class Plan:
+    """``nodes`` are in an order in which each comes after its inputs."""
+
+    study: Study
+    nodes: dict[str, Node] = field(default_factory=dict)
+    points: list[Point] = field(default_factory=list)
+
+    def upstream(self, point: Point) -> list[Node]:
+        """All nodes that a point stands on, its own included, inputs first."""
+        found: set[str] = set()
+        todo = list(point.nodes)
+        while todo:
+            node = todo.pop()
+            if node not in found:
+                found.add(node)
+                todo += [i for i in self.nodes[node].inputs.values() if i in self.nodes]
+        return [node for node in self.nodes.values() if node.id in found]
+
+    def points_of(self) -> dict[str, frozenset[str]]:
+        """Node -> the points that stand on it."""
+        users: dict[str, set[str]] = {node: set() for node in self.nodes}
+        for point in self.points:
+            for node in self.upstream(point):
+                users[node.id].add(point.run_id)
+        return {node: frozenset(points) for node, points in users.items()}
+
+    def chains(self) -> list[Chain]:
+        """The graph cut into trials: a node joins its input's chain where the same points need both and nothing comes between."""
+        points, ancestors = self.points_of(), self._ancestors()
+        chains: list[list[str]] = []
+        for node in self.nodes.values():
+            inputs = {i for i in node.inputs.values() if i in self.nodes}
+            for chain in chains:
+                known = set(chain) | ancestors[chain[0]]
+                if chain[-1] in inputs and points[chain[-1]] == points[node.id] and inputs <= known:
+                    chain.append(node.id)
+                    break
+            else:
+                chains.append([node.id])
+        return [Chain(tuple(chain), frozenset(self._outside(chain))) for chain in chains]
+
+    def _outside(self, chain: list[str]) -> Iterator[str]:
+        for node in chain:
+            yield from (i for i in self.nodes[node].inputs.values() if i in self.nodes and i not in chain)
+
+    def _ancestors(self) -> dict[str, set[str]]:
+        found: dict[str, set[str]] = {}
+        for node in self.nodes.values():
+            inputs = [i for i in node.inputs.values() if i in self.nodes]
+            found[node.id] = set(inputs).union(*(found[i] for i in inputs))
+        return found
+
+    def document(self) -> dict[str, Any]:
+        """plan.json."""
+        return {
+            "study": self.study.study,
+            "metric": self.study.metric,
+            "worthwhile": self.study.worthwhile,
+            "points": [asdict(point) for point in self.points],
+            "nodes": [asdict(node) for node in self.nodes.values()],
+        }
+
+
+def make_plan(loaded: Loaded) -> Plan:
+    """Resolves a study into its graph; reads the manifest of every data set from outside."""
+    return _Planner(loaded).make()
+
+
+class _Planner:
+    def __init__(self, loaded: Loaded) -> None:
+        self.loaded, self.study = loaded, loaded.study
+        self.plan = Plan(loaded.study)
+
+    def make(self) -> Plan:
+        for name, spec in self.study.datasets.items():
+            if spec.planted is not None:
+                dataset = self.node("plant", {"world": spec.planted.model_dump()}, {})
+                planted = True
+            else:
+                assert spec.path is not None
+                dataset = str(self._dataset(name, spec.path).path)
+                planted = (Path(dataset) / "world.json").is_file()
+            for protocol in self.study.protocols:
+                split = self.node("prepare", {"protocol": protocol.model_dump()}, {"dataset": dataset})
+                self._cf(name, protocol, dataset, split, planted)
+                if self.study.sid:
+                    for rung in self.study.sid.ladder:
+                        self._sid(name, protocol, split, rung)
+                if self.study.llm:
+                    for llm_rung in self.study.llm.ladder:
+                        self._llm(name, protocol, split, llm_rung)
+        return self.plan
+
+    def node(self, stage: str, config: dict[str, Any], inputs: dict[str, str], processes: int = 1, threads: int = 1) -> str:
+        """Adds a stage, or finds it; returns its id."""
+        model: Config = STAGES[stage].model_validate(config)
+        dumped = model.model_dump(mode="json")
+        identities = {name: value if value in self.plan.nodes else _fingerprint(Path(value)) for name, value in inputs.items()}
+        hashed = model.model_dump(exclude={"optimizer": {"lr_choice"}})  # words about a number that is in it
+        if hashed.get("model") and Path(hashed["model"]).expanduser().is_dir():
+            folder = Path(hashed["model"]).expanduser().resolve()
+            dumped["model"] = str(folder)
+            identities["model"] = _weights(folder)
+            hashed["model"] = None
+        id = identity(stage, INTERFACE[stage], hashed, identities, processes)
+        gpus = 0 if stage in NO_GPU else processes * self.study.resources.gpus_per_process
+        self.plan.nodes.setdefault(id, Node(id, stage, dumped, inputs, processes, threads, gpus))
+        return id
+
+    def _dataset(self, name: str, path: Path) -> Dataset:
+        try:
+            return Dataset(path.expanduser().resolve())
+        except UserError as error:
+            raise UserError(f"{self.loaded.where(('datasets', name, 'path'))}: datasets.{name}.path: {error}") from None
+
+    def _point(self, dataset: str, protocol: Protocols, paradigm: str, model: str, seed: int, nodes: tuple[str, ...]) -> None:
+        short = "loo" if protocol.kind == "leave-one-out" else label(protocol)
+        run_id = f"{dataset}-{short}-{paradigm}-{model}-s{seed}-{nodes[-1][:8]}"
+        self.plan.points.append(Point(run_id, dataset, label(protocol), paradigm, model, seed, nodes))
+
+    def _cf(self, dataset: str, protocol: Protocols, source: str, split: str, planted: bool) -> None:
+        methods = list(self.study.cf)
+        if planted and "bayes-optimal" not in methods:
+            methods.append("bayes-optimal")  # the ceiling of every figure, and it costs seconds
+        for method in methods:
+            inputs = {"split": split}
+            if method == "bayes-optimal":
+                if not planted:
+                    continue  # of a world that nobody generated the best reachable recall is unknown
+                inputs["dataset"] = source
+            node = self.node("baseline", {"method": method, **self.study.evaluate.model_dump()}, inputs)
+            self._point(dataset, protocol, "cf", method, 0, (node,))
+
+    def _sid(self, dataset: str, protocol: Protocols, split: str, rung: SidRung) -> None:
+        sid = self.study.sid
+        assert sid is not None
+        embeddings = self._embeddings(split, sid.encoders[rung.encoder or next(iter(sid.encoders))])
+        quantizer = sid.quantizers[rung.quantizer or next(iter(sid.quantizers))]
+        sids = self.node("quantize", quantizer.model_dump(), {"embeddings": embeddings})
+        size = rung.model_dump(include={"layers", "d_model", "heads", "d_kv", "d_ff"})
+        for seed in self.study.seeds:
+            config = {
+                "size": size,
+                **sid.train.model_dump(exclude={"optimizer"}),
+                "optimizer": resolve(sid.train.optimizer, rung.d_model, rung.lr, rung.steps),
+                "seed": seed,
+            }
+            train = self.node("train_sid", config, {"split": split, "sids": sids}, rung.launch.processes, rung.launch.threads)
+            evaluate = self.node(
+                "evaluate_sid",
+                {**self.study.evaluate.model_dump(), **sid.evaluate.model_dump()},
+                {"split": split, "sids": sids, "model": train},
+                threads=rung.launch.processes * rung.launch.threads,
+            )
+            self._point(dataset, protocol, "sid", rung.name, seed, (train, evaluate))
+
+    def _embeddings(self, split: str, spec: EncoderSpec) -> str:
+        inputs = {"split": split}
+        if spec.fresh:
+            config = {
+                "size": spec.fresh.model_dump(include={"layers", "d_model", "heads", "d_ff"}),
+                "vocab": spec.fresh.vocab,
+                "max_tokens": spec.fresh.max_tokens,
+                "optimizer": resolve(spec.fresh.optimizer, spec.fresh.d_model),
+            }
+            inputs["encoder"] = self.node("train_encoder", config, {"split": split})
+        return self.node("encode", {"model": spec.model, "max_tokens": spec.max_tokens, "batch": spec.batch}, inputs)
+
+    def _llm(self, dataset: str, protocol: Protocols, split: str, rung: LlmRung) -> None:
+        llm = self.study.llm
+        assert llm is not None
+        launch = rung.launch
+        inputs = {"split": split}
+        if rung.model is None:
+            assert llm.pretrain is not None and rung.d_model is not None
+            config = {
+                "size": rung.model_dump(include={"layers", "d_model", "heads", "d_ff", "kv_heads"}),
+                "vocab": llm.pretrain.vocab,
+                "max_tokens": llm.pretrain.max_tokens,
+                "normalize": llm.pretrain.normalize,
+                "optimizer": resolve(llm.pretrain.optimizer, rung.d_model),
+            }
+            inputs["backbone"] = self.node("pretrain_llm", config, {"split": split}, launch.processes, launch.threads)
+        for seed in self.study.seeds:
+            config = {
+                **llm.train.model_dump(exclude={"optimizer"}),
+                "model": rung.model,
+                "optimizer": resolve(llm.train.optimizer, rung.d_model, rung.lr, rung.steps),
+                "seed": seed,
+            }
+            train = self.node("train_llm", config, inputs, launch.processes, launch.threads)
+            evaluate = self.node(
+                "evaluate_llm",
+                {**self.study.evaluate.model_dump(), **llm.evaluate.model_dump()},
+                {**inputs, "model": train},
+                threads=launch.processes * launch.threads,
+            )
+            self._point(dataset, protocol, "llm", rung.name, seed, (train, evaluate))
+
+
+def resolve(optimizer: StudyOptimizer, d_model: int | None, lr: float | None = None, steps: int | None = None) -> dict[str, Any]:
+    """The job's optimizer for one rung, with how its learning rate was chosen.
+
+    With ``lr_at_d_model`` the rate of every weight falls as 1/width, in standard parametrisation. That is the rule of muP for the
+    hidden weights under Adam (Yang et al. 2022, table 3) without its other rules, and no rung's rate is swept: a rule of thumb.
+    """
+    values = optimizer.model_dump(exclude={"lr_at_d_model"})
+    if steps is not None:
+        values["steps"] = steps
+    if lr is not None:
+        return {**values, "lr": lr, "lr_choice": "stated for this rung"}
+    if optimizer.lr_at_d_model is not None and d_model is not None:
+        chosen = float(f"{optimizer.lr * optimizer.lr_at_d_model / d_model:.12g}")  # one spelling on every machine
+        words = f"scaled by 1/width from d_model {optimizer.lr_at_d_model}, not swept"
+        return {**values, "lr": chosen, "lr_choice": words}
+    return values
+
+
+def label(protocol: Protocols) -> str:
+    """The protocol column: its kind, with the fractions where they are not the default ones."""
+    if isinstance(protocol, Temporal) and protocol != Temporal():
+        return f"temporal-{protocol.val:g}-{protocol.test:g}"
+    return protocol.kind
+
+
+def _fingerprint(folder: Path) -> str:
+    return f"dataset:{Dataset(folder).fingerprint}"
+
+
+def _weights(folder: Path) -> str:
+    """Fingerprint of a model folder: name, size and checksum of each of its files."""
+    parts = []
+    for file in sorted(path for path in folder.iterdir() if path.is_file() and WEIGHTS.match(path.name)):
+        stat = file.stat()
+        parts.append(f"{file.name}:{stat.st_size}:{_checksum(file, stat.st_mtime_ns, stat.st_size)}")
+    return "model:" + ";".join(parts)
+
+
+@cache
+def _checksum(file: Path, mtime_ns: int, size: int) -> str:  # noqa: ARG001 -- they tell another content of the same file
+    """Read once in a process: every seed and rung of a study asks again, and large weights take seconds."""
+    return sha256(file)
+
+
+def nearest_point(plan: Plan, text: str) -> Point:
+    """The point whose run_id is, or alone begins with, ``text``; UserError names the nearest ones."""
+    exact = [point for point in plan.points if point.run_id == text]
+    found = exact or [point for point in plan.points if point.run_id.startswith(text)]
+    if len(found) == 1:
+        return found[0]
+    ids = [point.run_id for point in found or plan.points]
+    if found:
+        raise UserError(f"{text}: {len(found)} points begin with it: {', '.join(ids[:6])}{' ...' if len(ids) > 6 else ''}")
+    near = difflib.get_close_matches(text, ids, n=3, cutoff=0.3) or ids[:3]
+    raise UserError(f"{text}: no such point; nearest: {', '.join(near)}")

@@ -1,0 +1,141 @@
+"""What a study will cost, before it runs: parameters counted from the real modules, FLOPs, memory, devices, time."""
+
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from rich.table import Table
+
+from cluster import cost
+from cluster.plan import Node, Plan
+from cluster.progress import duration
+from cluster.store import Store
+from gr.count import count_parameters
+from gr.llm.backbone import fresh_backbone
+from gr.sid.encoder import fresh_encoder
+from gr.sid.recommender import t5
+from jobs.config import STAGES
+
+PROGRAM_BYTES = 500 << 20
+"""A process with torch and transformers loaded."""
+
+
+@dataclass(frozen=True)
+class Price:
+    """``None`` where it can't be known before the run (a model from outside, whose sizes are on the hub)."""
+
+    n_parameters: int | None
+    n_non_embedding: int | None
+    flops: float
+    bytes: int
+    processes: int
+    threads: int
+    gpus: int
+    seconds: float
+    done: bool
+
+
+def price_node(plan: Plan, node: Node, done: bool) -> Price:
+    """Prices one stage, roughly: see `cluster.cost.tokens` and `cluster.cost.flops`.
+
+    Memory: weights, gradients and Adam's two moments in fp32 (16 bytes per trained weight), without activations.
+    """
+    facts = cost.facts_of(plan, node)
+    sized = cost.size_of(plan, node)
+    if sized is None:
+        return Price(None, None, 0.0, PROGRAM_BYTES, node.processes, node.threads, node.gpus, cost.seconds(plan, node), done)
+    total, non_embedding = _count(*sized, plan, node, facts)
+    flops = cost.flops(node, non_embedding, cost.tokens(plan, node, facts))
+    rate = plan.study.resources.flops_per_second * node.processes * node.threads
+    trained = node.stage in {"train_sid", "train_encoder", "pretrain_llm"}
+    memory = node.processes * (PROGRAM_BYTES + total * (16 if trained else 4))
+    start = cost.START.get(node.stage, cost.START_TORCH)
+    return Price(
+        total,
+        non_embedding,
+        flops,
+        memory,
+        node.processes,
+        node.threads,
+        node.gpus,
+        start + flops / rate,
+        done,
+    )
+
+
+def _count(stage: str, size: dict[str, Any], plan: Plan, node: Node, facts: cost.Facts) -> tuple[int, int]:
+    vocab, longest = 0, 0
+    if stage == "train_sid":
+        quantize = cost.upstream_config(plan, node, "quantize")
+        assert quantize is not None
+        # Padding, each level's codes, and the last digit: at least as many as the items that share one SID, unknown before.
+        vocab = 1 + quantize["levels"] * quantize["width"] + max(1, facts.items // quantize["width"] ** quantize["levels"])
+    else:
+        config = cost.upstream_config(plan, node, stage)
+        assert config is not None
+        vocab, longest = config["vocab"], config["max_tokens"]
+    return _built(stage, tuple(size.items()), vocab, longest)
+
+
+@lru_cache
+def _built(stage: str, size: tuple[tuple[str, int], ...], vocab: int, longest: int) -> tuple[int, int]:
+    """(all, non-embedding) parameters of the stage's module, built on the meta device: no memory, no time."""
+    sizes: dict[str, Any] = dict(size)
+    with torch.device("meta"):
+        if stage == "train_sid":
+            model: Any = t5(vocab, **sizes, dropout=0.0)
+        elif stage == "train_encoder":
+            model = fresh_encoder(vocab, **sizes, max_tokens=longest)
+        else:
+            model = fresh_backbone(vocab, **sizes)
+    return count_parameters(model)
+
+
+def price(plan: Plan, store: Store | None) -> dict[str, Any]:
+    """The priced plan as one JSON document."""
+    document = plan.document()
+    for entry, node in zip(document["nodes"], plan.nodes.values(), strict=True):
+        entry["price"] = asdict(price_node(plan, node, store is not None and store.done(node)))
+    document["seconds"] = sum(entry["price"]["seconds"] for entry in document["nodes"] if not entry["price"]["done"])
+    document["flops"] = sum(entry["price"]["flops"] for entry in document["nodes"] if not entry["price"]["done"])
+    return document
+
+
+def table(plan: Plan, document: dict[str, Any], slots: int) -> Table:
+    """One line per kind of stage and rung, its seeds together."""
+    left = sum(not entry["price"]["done"] for entry in document["nodes"])
+    wall = document["seconds"] / slots
+    found = Table(
+        title=f"{plan.study.study}: {len(plan.points)} points, {len(plan.nodes)} stages ({left} to run), "
+        f"{document['flops']:.2g} FLOPs, about {duration(wall)} on {slots} cores",
+        title_justify="left",
+        caption="FLOPs: 6 per non-embedding weight and token (4 under LoRA, 2 at inference, half in T5); memory: no activations; "
+        f"time at {plan.study.resources.flops_per_second:.2g} FLOP/s per thread",
+        caption_justify="left",
+    )
+    for name in ("stage", "runs", "done", "parameters", "non-embedding", "FLOPs each", "memory", "devices", "time each"):
+        found.add_column(name, justify="left" if name in ("stage", "devices") else "right")
+    rungs = {node: f"{p.paradigm} {p.model}" for p in plan.points for node in p.nodes}
+    groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for entry in document["nodes"]:
+        size = entry["config"].get("size")
+        shared = f"{size['layers']} x {size['d_model']}" if size else ""
+        groups.setdefault((entry["stage"], rungs.get(entry["id"], shared)), []).append(entry["price"])
+    for stage in STAGES:
+        for (kind, rung), prices in groups.items():
+            if kind != stage:
+                continue
+            p = prices[0]
+            devices = f"{p['processes']} x {p['threads']} CPU" + (f", {p['gpus']} GPU" if p["gpus"] else "")
+            found.add_row(
+                f"{kind} {rung}".strip(),
+                str(len(prices)),
+                str(sum(q["done"] for q in prices) or ""),
+                *(f"{p[key]:,}" if p[key] is not None else "" for key in ("n_parameters", "n_non_embedding")),
+                f"{p['flops']:.2g}" if p["flops"] else "",
+                f"{p['bytes'] / 2**20:,.0f} MB",
+                devices,
+                duration(max(q["seconds"] for q in prices)),
+            )
+    return found

@@ -1,0 +1,204 @@
+"""Runs a study: what is not on disk yet, through one Ray Tune run. With nothing to do, Ray is not even imported."""
+
+import contextlib
+import logging
+import os
+import secrets
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from cluster.measure import refresh_rows
+from cluster.plan import Node, Plan, make_plan
+from cluster.progress import Progress
+from cluster.store import Failure, Stop, Store
+from cluster.study import Loaded
+from gr.errors import UserError
+
+INTERRUPTED = 130
+_ENVIRONMENT = {
+    "PYTHONUNBUFFERED": "1",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_MAX_PENDING_TRIALS_PG": "2",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
+    "TUNE_FORCE_TRIAL_CLEANUP_S": "20",
+    "TUNE_GLOBAL_CHECKPOINT_S": "3600",
+    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
+    "TUNE_WARN_THRESHOLD_S": "60",
+}
+
+
+def run_study(loaded: Loaded, out: Path, ray_address: str | None = None, module: str = "jobs") -> int:
+    """Runs what is missing of a study and writes its report; returns the exit code (0, 1 with failed points, 130 interrupted).
+
+    ``module``: the package whose ``<module>.<stage>`` programs are started. UserError for a mistake in the study.
+    """
+    plan, store = make_plan(loaded), Store(out)
+    with store.lock():
+        store.prepare(plan, loaded.raw)
+        store.end_groups(plan)  # of a driver that was killed
+        store.sweep(plan)
+        missing = [node for node in plan.nodes.values() if not store.done(node)]
+        interrupted = False
+        if missing:
+            for node in missing:
+                (store.work(node) / "failure.json").unlink(missing_ok=True)  # every run tries again
+            interrupted = _run(plan, store, ray_address, module)
+        refresh_rows(store, plan)
+        if interrupted:
+            print("stopped; run the same command to go on", file=sys.stderr)
+            return INTERRUPTED
+        found = failures(store, plan)
+        store.write_failures(found)
+        _report(store, plan)
+    for failure in found:
+        print(f"failed: {failure.point}: {failure.reason}\n        log: {failure.log}", file=sys.stderr)
+    return 1 if found else 0
+
+
+def failures(store: Store, plan: Plan) -> list[Failure]:
+    """The points without a row, each with the stage that failed."""
+    found = []
+    for point in plan.points:
+        undone = [node for node in plan.upstream(point) if not store.done(node)]
+        if not undone:
+            continue
+        node = next((node for node in undone if store.failure(node) is not None), undone[0])
+        why = store.failure(node)
+        if node.id in point.nodes:
+            reason = f"{node.stage}: {why or 'did not run'}"
+        else:
+            reason = f"needs {node.key}, which " + (f"failed: {why}" if why else "did not run")
+        found.append(Failure(point.run_id, reason, str(store.work(node) / "log.txt"), ran=why is not None))
+    return found
+
+
+def _report(store: Store, plan: Plan) -> None:
+    if not any(store.row(point).is_file() for point in plan.points):
+        print("no point was measured, so there is no report")
+        return
+    from cluster.report import verdict_lines, write_report
+
+    report = write_report(store.folder)
+    for line in verdict_lines(report):
+        print(line)
+    print(f"report: {store.folder / 'report' / 'index.html'}")
+
+
+def _run(plan: Plan, store: Store, address: str | None, module: str) -> bool:
+    """Runs the missing stages; returns whether the user stopped it."""
+    stop = Stop()
+    with _signals(stop), Progress(plan, store, slots=slots()):
+        _with_ray(plan, store, address, module, stop)
+    return stop.asked
+
+
+def _with_ray(plan: Plan, store: Store, address: str | None, module: str, stop: Stop) -> None:
+    os.environ.update(_ENVIRONMENT)
+    # Ray listens on every interface. Its token is this run's own; left to itself it would put one in the home folder, after which
+    # clients that know nothing of it fail.
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    if not address:
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    import ray
+
+    options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
+    if address:
+        options["address"] = address
+    else:
+        options |= {
+            "num_cpus": slots(),
+            "include_dashboard": False,
+            "object_store_memory": 100 << 20,
+        }
+    try:
+        ray.init(**options)
+    except Exception as error:  # of a wrong address: ValueError, ConnectionError, RuntimeError, by what is wrong with it
+        if not address:
+            raise
+        raise UserError(f"--ray {address}: no Ray cluster there: {' '.join(str(error).split())}") from None
+    try:
+        catch(stop)  # ray.init puts its own handler of SIGTERM in place, which aborts
+        check_room([node for node in plan.nodes.values() if not store.done(node)], ray.nodes())
+        if not stop.asked:
+            _tune(plan, store, module, stop)
+    finally:
+        ray.shutdown()
+        store.end_groups(plan)
+
+
+def check_room(nodes: list[Node], machines: list[dict[str, Any]]) -> None:
+    """UserError when no machine has room for a stage: Tune would wait for one for ever."""
+    alive = [machine["Resources"] for machine in machines if machine["Alive"]]
+    for node in nodes:
+        cpus = node.processes * node.threads
+        if not any(m.get("CPU", 0) >= cpus and m.get("GPU", 0) >= node.gpus for m in alive):
+            most = max((int(m.get("CPU", 0)), int(m.get("GPU", 0))) for m in alive)
+            raise UserError(
+                f"launch: {node.key} needs {cpus} CPUs and {node.gpus} GPUs "
+                f"({node.processes} processes x {node.threads} threads); the largest machine has {most[0]} and {most[1]}"
+            )
+
+
+def _tune(plan: Plan, store: Store, module: str, stop: Stop) -> None:
+    from ray import tune
+
+    from cluster.schedule import Schedule, Stopped, resources
+    from cluster.trial import Trial
+
+    for name in ("ray.tune", "ray.train", "ray.air"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # failures are told in the study's own words
+    schedule = Schedule(plan, store, module, stop)
+    tuner = tune.Tuner(
+        tune.with_resources(Trial, resources),
+        tune_config=tune.TuneConfig(
+            search_alg=schedule, num_samples=len(schedule.waiting), reuse_actors=True, metric=None, mode=None
+        ),
+        run_config=tune.RunConfig(
+            name="trials",
+            storage_path=str(store.folder / "work" / "tune"),
+            failure_config=tune.FailureConfig(max_failures=0),
+            stop=Stopped(stop),
+            verbose=0,
+        ),
+    )
+    tuner.fit()
+
+
+@contextlib.contextmanager
+def _signals(stop: Stop) -> Iterator[None]:
+    """The first Ctrl-C or SIGTERM asks for a clean end; the second one ends it at once."""
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    catch(stop)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def catch(stop: Stop) -> None:
+    """Lets SIGINT and SIGTERM ask for the end; does nothing in a thread, which can't handle signals."""
+
+    def ask(*_: Any) -> None:
+        if stop.asked:
+            raise KeyboardInterrupt
+        stop.asked = True
+
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, ask)
+
+
+def slots() -> int:
+    """Cores of this machine that the study may use."""
+    return len(os.sched_getaffinity(0))

@@ -1,0 +1,23 @@
+"""What each coded warning means, in a sentence."""
+
+_WORDS = {
+    "unidentified": "The data do not pin down {}; do not quote it as a number.",
+    "bound": "{} ended at the edge of its allowed range.",
+    "start": "Only {} starting points of the search reached the best fit, so another fit of the same quality may exist.",
+    "not-optimal": "The search stopped before an optimum (scaled gradient {}).",
+    "no-spare-sizes": "As many parameters as sizes ({}): the law runs through the points and cannot be checked.",
+    "seeds": "One seed only: the intervals come from the scatter about the law, not from repeated runs.",
+    "perfect": "The law runs through every point exactly; measured data hardly ever do that.",
+    "percent": "{} is above 1: percentages? The fit is unaffected, but a recall is usually written 0 to 1.",
+    "extrapolates": "The farthest prediction lies {} beyond the sizes that were fitted.",
+    "identical-seeds": "Repeated runs of {} gave exactly the same metric; were they the same run?",
+    "lack-of-fit": "The largest sizes do not lie on a line within their seeds' noise (p = {}): either the curve bends there, "
+    "or sizes differ by what their seeds share.",
+    "narrow": "The largest sizes span only {}.",
+}
+
+
+def explain(warning: str) -> str:
+    """A sentence for a coded warning such as ``unidentified:A,a``; an unknown code is returned as it is."""
+    code, _, what = warning.partition(":")
+    return _WORDS[code].format(what.replace(",", ", ")) if code in _WORDS else warning

@@ -1,0 +1,93 @@
+"""Beam search constrained to a trie: deterministic, batched over users, no Python per beam or user.
+
+Scores are sums of the model's own log-probabilities over its whole vocabulary, or, with ``normalize``, over the tokens that the
+trie allows (for a model that was trained so). A sequence that has ended keeps its place with its score, and as a score only
+falls when a sequence grows, an unfinished beam never overtakes unjustly. With as many beams as sequences the result is the exact
+ranking of all of them.
+"""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from gr.trie import Trie
+
+
+class Stepper(Protocol):
+    """A model that predicts the next token of several continuations (beams) per user."""
+
+    def start(self) -> Tensor:
+        """(users, vocab) log-probabilities of the first token."""
+        ...
+
+    def advance(self, parents: Tensor, tokens: Tensor) -> Tensor:
+        """Appends ``tokens`` (users, beams) to the beams numbered ``parents`` (users, beams) of the step before.
+
+        Returns (users, beams, vocab) log-probabilities of the token after. What it returns for a beam that has ended is not read.
+        """
+        ...
+
+
+@torch.no_grad()
+def beam_search(stepper: Stepper, trie: Trie, beams: int, normalize: bool = False) -> tuple[Tensor, Tensor]:
+    """Returns the (users, beams) best sequences' numbers and log-probabilities, best first; -1 and -inf where there are fewer.
+
+    ``normalize``: probabilities over the allowed tokens rather than the vocabulary.
+    Equal scores are ordered by the beams before them, then by token, so the result does not depend on the batch.
+    """
+    logp = stepper.start()[:, None, :]
+    users = logp.shape[0]
+    node = torch.zeros(users, 1, dtype=torch.int64, device=logp.device)
+    score = torch.zeros(users, 1, dtype=logp.dtype, device=logp.device)
+    for depth in range(trie.depth):
+        parents, tokens, node, score = _extend(trie, depth, node, score, logp, beams, normalize)
+        if depth + 1 < trie.depth:
+            if bool(((trie.leaf[node] >= 0) | score.isinf()).all()):
+                break
+            logp = stepper.advance(parents, tokens)
+    leaf = trie.leaf[node].masked_fill(score.isinf(), -1)
+    missing = beams - leaf.shape[1]
+    if missing > 0:
+        leaf = torch.nn.functional.pad(leaf, (0, missing), value=-1)
+        score = torch.nn.functional.pad(score, (0, missing), value=float("-inf"))
+    return leaf, score
+
+
+def _extend(
+    trie: Trie, depth: int, node: Tensor, score: Tensor, logp: Tensor, beams: int, normalize: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """One level down: the best ``beams`` of all children of the present nodes and of the sequences that have ended.
+
+    ``node``, ``score``: (users, b); ``logp``: (users, b, vocab). Returns (users, b') parents, tokens, nodes and scores.
+    """
+    users = len(node)
+    token, child, exists = trie.children(node, depth)
+    gain = logp.gather(2, token).masked_fill(~exists, float("-inf"))
+    if normalize:
+        gain = gain - gain.logsumexp(2, keepdim=True)
+        gain = gain.masked_fill(~exists, float("-inf"))  # an ended sequence has no children: -inf less -inf is no number
+    total = score[..., None] + gain
+    # An ended sequence has no children: it stays in the first slot, at its own node and score.
+    ended = trie.leaf[node] >= 0
+    total[..., 0] = torch.where(ended, score, total[..., 0])
+    child[..., 0] = torch.where(ended, node, child[..., 0])
+    flat = total.reshape(users, -1)
+    best, index = _top(flat, min(beams, flat.shape[1]))
+    return (
+        index // token.shape[2],
+        token.reshape(users, -1).gather(1, index),
+        child.reshape(users, -1).gather(1, index),
+        best,
+    )
+
+
+def _top(flat: Tensor, keep: int) -> tuple[Tensor, Tensor]:
+    """The ``keep`` largest of each row and where they are, best first, ties in index order: topk alone leaves open which of the
+    ties at the cut it takes."""
+    least = flat.topk(keep, dim=1).values[:, -1:]
+    above, equal = flat > least, flat == least
+    room = keep - above.sum(dim=1, keepdim=True)
+    index = (above | (equal & (equal.cumsum(dim=1) <= room))).nonzero()[:, 1].reshape(len(flat), keep)
+    best, order = flat.gather(1, index).sort(dim=1, descending=True, stable=True)
+    return best, index.gather(1, order)

@@ -1,0 +1,164 @@
+"""The backbone: a fresh Qwen3-architecture model of any size, or any causal LM of the Hugging Face hub or a local folder."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
+
+from gr.errors import UserError
+from gr.trie import Trie
+
+
+def fresh_backbone(
+    vocab: int, layers: int, d_model: int, heads: int, d_ff: int, kv_heads: int | None = None, max_tokens: int = 4096
+) -> Any:
+    """A randomly initialised Qwen3 (arXiv 2505.09388): pre-norm, SwiGLU, rotary positions, QK-norm; embeddings tied.
+
+    Unlike the released sizes, ``head_dim`` is d_model / heads and the initialisation's standard deviation is 1/sqrt(d_model) up
+    to .05: Qwen's .02 is made for widths above a thousand. Seed torch before.
+    """
+    if d_model % heads or heads % (kv_heads or heads) or (d_model // heads) % 2:
+        raise UserError(
+            f"size: d_model {d_model}, heads {heads}, kv_heads {kv_heads}: d_model / heads must be a whole even number"
+            " and heads a multiple of kv_heads"
+        )
+    return Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=vocab,
+            hidden_size=d_model,
+            intermediate_size=d_ff,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=kv_heads or heads,
+            head_dim=d_model // heads,
+            max_position_embeddings=max_tokens,
+            initializer_range=min(0.05, d_model**-0.5),
+            tie_word_embeddings=True,
+            rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+            attn_implementation="sdpa",
+        )
+    )
+
+
+def load_backbone(name_or_path: str | Path, max_tokens: int) -> tuple[Any, Any]:
+    """(model, tokenizer) of a hub name or local folder, without any code of theirs; fp32 on CPU, their own type on a GPU.
+
+    UserError when it can't be loaded, or its context is shorter than ``max_tokens``.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(
+            name_or_path,
+            trust_remote_code=False,
+            attn_implementation="sdpa",
+            dtype="auto" if torch.cuda.is_available() else torch.float32,
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(f"model {str(name_or_path)!r} can't be loaded as a causal LM: {' '.join(str(error).split())}") from None
+    text = model.config.get_text_config()
+    limits = [getattr(text, "max_position_embeddings", None)]
+    if any("sliding" in kind for kind in getattr(text, "layer_types", None) or []):
+        limits.append(getattr(text, "sliding_window", None))  # decoding makes its own mask, which knows no window
+    context = min((n for n in limits if n), default=max_tokens)
+    if max_tokens > context:
+        raise UserError(f"config.max_tokens is {max_tokens}; {str(name_or_path)!r} attends to at most {context} tokens")
+    return model, tokenizer
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Counted parameters, without adapters: ``total``, those outside the input and output embeddings (``blocks``), and those that
+    a predicted token's logits cost (``head``, vocabulary x width, tied or not). ``width``: layers x heads x head_dim."""
+
+    total: int
+    blocks: int
+    head: int
+    width: int
+
+
+def count(model: Any) -> Counts:
+    """Counts a causal LM's parameters; the frozen weights under LoRA count, the adapters don't."""
+    own = {id(p): p for name, p in model.named_parameters() if "lora_" not in name}
+    head = model.get_output_embeddings().weight
+    embeddings = {id(p): p.numel() for p in (model.get_input_embeddings().weight, head)}
+    total = sum(p.numel() for p in own.values())
+    text = model.config.get_text_config()
+    heads = text.num_attention_heads
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
+    return Counts(total, total - sum(embeddings.values()), head.numel(), text.num_hidden_layers * heads * head_dim)
+
+
+def forward_flops(counts: Counts, tokens: float, logits: float, pairs: float) -> float:
+    """Multiply-adds counted as two: 2 N_blocks per token, 2 V d per token whose logits are computed, and 4 x layers x heads x
+    head_dim per pair of query and key (scores, and weighted values)."""
+    return 2 * counts.blocks * tokens + 2 * counts.head * logits + 4 * counts.width * pairs
+
+
+def train_flops(counts: Counts, tokens: float, logits: float, pairs: float, n_lora: int | None = None) -> float:
+    """Forward and backward of one pass. All weights trained: 3 x forward (6 N per token).
+
+    With LoRA the frozen weights need the gradient of their input, not their own: 2 x forward (4 N per token) for blocks and head;
+    attention has no weights and costs 3 x as before; the adapters' own weights cost 6 ``n_lora`` per token.
+    """
+    if n_lora is None:
+        return 3 * forward_flops(counts, tokens, logits, pairs)
+    frozen = 2 * forward_flops(counts, tokens, logits, 0)
+    return frozen + 3 * forward_flops(counts, 0, 0, pairs) + 6 * n_lora * tokens
+
+
+def logits_at(model: Any, input_ids: Tensor, positions: Tensor, **kwargs: Any) -> Tensor:
+    """Logits of some positions only: (n, vocab) for n ``positions`` into the flattened (rows * length) of ``input_ids``.
+
+    The selection is made on the way into the output layer, so whatever an architecture does to its logits after it still is done.
+    """
+    head: nn.Module = model.get_output_embeddings()
+    hook = head.register_forward_pre_hook(lambda _, args: (args[0].flatten(0, 1)[positions],))
+    try:
+        logits: Tensor = model(input_ids=input_ids, **kwargs).logits
+    finally:
+        hook.remove()
+    return logits
+
+
+class NextTitle(nn.Module):
+    """The language-model loss on target tokens only; one forward call, so that it can be wrapped for several processes.
+
+    ``trie``: given, a token's probabilities sum to one over those that continue its prefix to a title of the catalogue, and the
+    product over a title's tokens is a distribution over the titles; not given, over the whole vocabulary, as usual.
+    """
+
+    def __init__(self, lm: Any, trie: Trie | None = None) -> None:
+        super().__init__()
+        self.lm, self.trie = lm, trie
+
+    def forward(self, input_ids: Tensor, positions: Tensor, targets: Tensor, nodes: Tensor) -> Tensor:
+        """Summed negative log-likelihood (nats) of the target tokens; shapes in `gr.llm.sequences.Batch`."""
+        return self.token_nll(input_ids, positions, targets, nodes).sum()
+
+    def token_nll(self, input_ids: Tensor, positions: Tensor, targets: Tensor, nodes: Tensor) -> Tensor:
+        """(targets,) negative log-likelihood of each target token, in fp32 or wider."""
+        logits = logits_at(self.lm, input_ids, positions, use_cache=False)
+        wide = logits if logits.dtype == torch.float64 else logits.float()
+        if self.trie is None:
+            return nn.functional.cross_entropy(wide, targets, reduction="none")
+        if self.trie.first_edge.device != nodes.device:
+            self.trie = self.trie.to(nodes.device)
+        return _log_normalizer(wide, self.trie, nodes) - wide.gather(1, targets[:, None])[:, 0]
+
+
+def _log_normalizer(logits: Tensor, trie: Trie, nodes: Tensor) -> Tensor:
+    """(n,) log of the summed exponentials of the logits (n, vocab) that lead to children of ``nodes`` (n,).
+
+    Ragged, because the root has many hundred children and most nodes a few.
+    """
+    first = trie.first_edge[nodes]
+    sizes = trie.first_edge[nodes + 1] - first
+    row = torch.repeat_interleave(torch.arange(len(nodes), device=nodes.device), sizes)
+    edge = torch.arange(len(row), device=nodes.device) + torch.repeat_interleave(first - (sizes.cumsum(0) - sizes), sizes)
+    allowed = logits[row, trie.edge_token[edge]]
+    largest = torch.full_like(logits[:, 0], float("-inf")).scatter_reduce(0, row, allowed.detach(), "amax")
+    summed = torch.zeros_like(largest).index_add(0, row, (allowed - largest[row]).exp())
+    return summed.log() + largest

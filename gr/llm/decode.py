@@ -1,0 +1,156 @@
+"""Ranking the catalogue's titles for users: the causal LM behind `gr.beam.beam_search`, with its prefix computed once per user.
+
+All beams of a user share one row of the key-value cache: the prompt's slots, then one slot per beam and step. A beam's token
+attends to the prompt and to its own ancestors' slots, told by a mask (tree attention, as in SpecInfer, arXiv 2305.09781). Beams
+that branch or die change the mask's rows alone: the cache is never copied per beam nor reordered.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn.functional import pad
+from transformers.cache_utils import Cache, DynamicLayer
+
+from gr.beam import beam_search
+from gr.llm.backbone import Counts, count, forward_flops, logits_at
+from gr.llm.titles import TitleTrie
+from gr.trie import Trie
+
+
+class _GrowingLayer(DynamicLayer):  # type: ignore[misc]
+    """A cache layer that doubles its room as it fills, where DynamicLayer copies all it holds at every step."""
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self._room = [s.new_empty(*s.shape[:2], 0, s.shape[3]) for s in (key_states, value_states)]
+        self._filled = 0
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        before, self._filled = self._filled, self._filled + key_states.shape[2]
+        if self._filled > self._room[0].shape[2]:
+            more = max(self._filled, 2 * before) - before
+            self._room = [pad(r[:, :, :before], (0, 0, 0, more)) for r in self._room]
+        for room, new in zip(self._room, (key_states, value_states), strict=True):
+            room[:, :, before : self._filled] = new
+        self.keys, self.values = (room[:, :, : self._filled] for room in self._room)
+        return self.keys, self.values
+
+    def keep_rows(self, rows: Tensor) -> None:
+        self._room = [room[rows] for room in self._room]
+        self.keys, self.values = (room[:, :, : self._filled] for room in self._room)
+
+
+class TitleStepper:
+    """A `gr.beam.Stepper` over a causal LM (scaled-dot-product or eager attention, no sliding window).
+
+    ``prompts``: token numbers of each user's prompt, of any lengths; ``trie``: the one searched. Beams that have ended are not
+    run on, and users all of whose beams have ended are dropped from the cache. ``flops`` counts what was run, padding left out.
+    """
+
+    def __init__(self, lm: Any, prompts: Sequence[NDArray[np.int64]], trie: Trie) -> None:
+        self.lm, self.trie = lm, trie
+        self.counts: Counts = count(lm)
+        self.flops, self.steps = 0.0, 0
+        device = self.device = lm.get_input_embeddings().weight.device
+        self.lengths = torch.tensor([len(p) for p in prompts], device=device)
+        width = int(self.lengths.max())
+        # Padding stands on the right, where causal attention hides it from the prompt; the steps' mask hides it from the beams.
+        ids = np.zeros((len(prompts), width), dtype=np.int64)
+        for row, prompt in enumerate(prompts):
+            ids[row, : len(prompt)] = prompt
+        self.prompts = torch.from_numpy(ids).to(device)
+        self.cache = Cache(layer_class_to_replicate=_GrowingLayer)
+        self.live = torch.arange(len(prompts), device=device)  # users still in the cache
+        self.node = torch.zeros(len(prompts), 1, dtype=torch.int64, device=device)  # where each beam stands in the trie
+        self.place = torch.zeros(len(prompts), 1, dtype=torch.int64, device=device)  # its row in `seen`, if it was run last
+        degree = trie.first_edge.diff()
+        self.base = int(trie.edge_token.max()) + 1
+        self.edges = torch.repeat_interleave(torch.arange(len(degree), device=device), degree) * self.base + trie.edge_token
+
+    def start(self) -> Tensor:
+        users, width = self.prompts.shape
+        last = torch.arange(users, device=self.device) * width + self.lengths - 1
+        logits = logits_at(self.lm, self.prompts, last, past_key_values=self.cache, use_cache=True)
+        self.seen = (torch.arange(width, device=self.device) < self.lengths[:, None])[:, None, :]
+        lengths = self.lengths.double()
+        self.flops += forward_flops(self.counts, float(lengths.sum()), users, float((lengths * (lengths + 1) / 2).sum()))
+        return _log_softmax(logits)
+
+    def advance(self, parents: Tensor, tokens: Tensor) -> Tensor:
+        users, beams = tokens.shape
+        running = self._walk(parents, tokens)
+        self.place = self.place.gather(1, parents)
+        stay = running.any(dim=1)[self.live]
+        if int(stay.sum()) < 0.75 * len(self.live):  # dropping the others pays for copying what is left
+            self._keep(stay.nonzero()[:, 0])
+        # The running beams of each live user first, as many as the user with the most has; the rest of a row is filler.
+        active = running[self.live]
+        most = int(active.sum(dim=1).max())
+        chosen = active.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :most]
+        real = active.gather(1, chosen)
+        rows = self.place[self.live].gather(1, chosen).masked_fill(~real, 0)
+        logp = self._run(rows, tokens[self.live].gather(1, chosen), real)
+        self.place[self.live] = self.place[self.live].scatter(1, chosen, torch.arange(most, device=self.device).expand_as(chosen))
+        if bool(real.all()) and real.shape == tokens.shape:
+            return logp
+        result = logp.new_zeros(users, beams, logp.shape[2])
+        result[self.live[:, None], chosen] = logp
+        return result
+
+    def _walk(self, parents: Tensor, tokens: Tensor) -> Tensor:
+        """Moves every beam to the node of its token; returns (users, beams) whether it has more to come."""
+        node = self.node.gather(1, parents)
+        edge = torch.searchsorted(self.edges, node * self.base + tokens).clamp(max=len(self.edges) - 1)
+        self.node = torch.where(self.trie.leaf[node] >= 0, node, self.trie.edge_node[edge])
+        return self.trie.leaf[self.node] < 0
+
+    def _run(self, parents: Tensor, tokens: Tensor, real: Tensor) -> Tensor:
+        """One token per (live user, row): ``parents`` are rows of the run before; ``real`` marks what is no filler."""
+        live, rows = tokens.shape
+        own = torch.eye(rows, dtype=torch.bool, device=self.device).expand(live, rows, rows)
+        ancestors = self.seen.gather(1, parents[..., None].expand(-1, -1, self.seen.shape[2]))
+        self.seen = torch.cat([ancestors, own], dim=2)
+        dtype = self.lm.get_input_embeddings().weight.dtype
+        mask = torch.zeros(self.seen.shape, dtype=dtype, device=self.device)
+        mask.masked_fill_(~self.seen, torch.finfo(dtype).min)
+        logits: Tensor = self.lm(
+            input_ids=tokens,
+            attention_mask=mask[:, None],
+            position_ids=(self.lengths + self.steps)[:, None].expand(-1, rows),
+            past_key_values=self.cache,
+            use_cache=True,
+        ).logits
+        self.steps += 1
+        self.flops += forward_flops(self.counts, int(real.sum()), int(real.sum()), float(self.seen[real].sum()))
+        return _log_softmax(logits)
+
+    def _keep(self, rows: Tensor) -> None:
+        self.live, self.lengths, self.seen = self.live[rows], self.lengths[rows], self.seen[rows]
+        for layer in self.cache.layers:
+            layer.keep_rows(rows)
+
+
+def _log_softmax(logits: Tensor) -> Tensor:
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    return wide.log_softmax(dim=-1)
+
+
+@torch.no_grad()
+def rank_titles(
+    lm: Any, trie: TitleTrie, prompts: Sequence[NDArray[np.int64]], beams: int
+) -> tuple[NDArray[np.int64], NDArray[np.float32], float]:
+    """The (users, beams) best titles of each prompt by beam search, their log-probabilities, and the FLOPs.
+
+    A title's score is the sum over its tokens, its end token included, normalised as ``trie`` says: the log-probability of the
+    title, which no length correction distorts.
+    """
+    stepper = TitleStepper(lm, prompts, trie.search)
+    ranked, scores = beam_search(stepper, trie.search, beams, normalize=trie.normalize == "catalogue")
+    return ranked.cpu().numpy(), scores.cpu().numpy(), stepper.flops

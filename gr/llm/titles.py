@@ -1,0 +1,190 @@
+"""The catalogue as token sequences: one sequence per distinct title, and which items it stands for.
+
+Several items may share a title, some have none, and a title cut to `MAX_TITLE_TOKENS` may become another's. All are counted.
+Policies for shared titles:
+- ``expand``: a generated title stands for all its items, the most bought in training first, then by item number: the ranking is
+  one of items, as everywhere else;
+- ``merge``: items that share a title are one: the ranking is one of titles, and the target is found with its title.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from gr.data.split import Split, flat_lists
+from gr.errors import UserError
+from gr.llm.tokenizer import Frame, encode_titles
+from gr.terms import Normalize, SharedTitles
+from gr.trie import Trie
+
+MAX_TITLE_TOKENS = 48  # without the end token
+Ints = NDArray[np.int64]
+
+
+def title_texts(items: pa.Table) -> tuple[list[str], int]:
+    """Each item's title on one line, and how many had none.
+
+    An item without a title gets ``untitled`` and its attributes, or without these ``item`` and its key.
+    """
+    texts, empty = [], 0
+    for title, attributes, key in zip(*(items[c].to_pylist() for c in ("title", "attributes", "key")), strict=True):
+        text = " ".join((title or "").split())
+        if not text:
+            empty += 1
+            text = " ".join(["untitled", *attributes] if attributes else ["item", key])
+        texts.append(" ".join(text.split()))
+    return texts, empty
+
+
+@dataclass(frozen=True)
+class Titles:
+    """The catalogue's titles as flat token arrays.
+
+    ``tokens``: all titles' tokens, each title ended by the end token; title t is ``tokens[offsets[t]:offsets[t + 1]]``.
+    ``of_item``: (items,) the title of each item; ``members``: (titles, most) the items of a title, most bought first, -1 beyond.
+    """
+
+    frame: Frame
+    tokens: Ints
+    offsets: Ints
+    of_item: Ints
+    members: Ints
+    policy: SharedTitles
+    counts: dict[str, int]
+
+    @classmethod
+    def build(
+        cls,
+        items: pa.Table,
+        tokenizer: Any,
+        frame: Frame,
+        policy: SharedTitles = "expand",
+        popularity: Ints | None = None,
+        max_title_tokens: int = MAX_TITLE_TOKENS,
+    ) -> "Titles":
+        """``items``: the catalogue's table; ``popularity``: (items,) training interactions (None: all alike)."""
+        texts, empty = title_texts(items)
+        encoded = encode_titles(tokenizer, texts, frame.end)
+        truncated = sum(len(e) > max_title_tokens for e in encoded)
+        number: dict[bytes, int] = {}
+        distinct: list[Ints] = []
+        of_item = np.empty(len(texts), dtype=np.int64)
+        for i, ids in enumerate(encoded):
+            ids = ids[:max_title_tokens]
+            of_item[i] = number.setdefault(ids.tobytes(), len(distinct))
+            if of_item[i] == len(distinct):
+                distinct.append(np.append(ids, frame.end))
+        members = _members(of_item, len(distinct), np.zeros(len(texts), np.int64) if popularity is None else popularity)
+        sharing = np.bincount(of_item)
+        counts = {
+            "shared_titles": int((sharing > 1).sum()),
+            "items_with_shared_title": int(sharing[sharing > 1].sum()),
+            "empty_titles": empty,
+            "truncated_titles": truncated,
+            "distinct_titles": len(distinct),
+        }
+        offsets = np.concatenate([[0], np.cumsum([len(d) for d in distinct])])
+        return cls(frame, np.concatenate(distinct), offsets, of_item, members, policy, counts)
+
+    @property
+    def lengths(self) -> Ints:
+        """(titles,) tokens of each title, its end token included."""
+        return np.diff(self.offsets)
+
+    @property
+    def longest(self) -> int:
+        return int(self.lengths.max())
+
+    def sequences(self) -> list[list[int]]:
+        """Every distinct title's tokens; none is the beginning of another, for each ends with the end token."""
+        return [part.tolist() for part in np.split(self.tokens, self.offsets[1:-1])]
+
+    def ranked_items(self, ranked: Ints, k: int) -> Ints:
+        """(users, b) title numbers, best first and -1 where none, as (users, k) item numbers under the policy."""
+        found = np.where((ranked >= 0)[..., None], self.members[ranked], -1)
+        if self.policy == "merge":
+            found = found[..., :1]
+        flat = found.reshape(len(ranked), -1)
+        order = np.argsort(flat < 0, axis=1, kind="stable")[:, :k]
+        flat = np.take_along_axis(flat, order, axis=1)
+        return np.pad(flat, ((0, 0), (0, k - flat.shape[1])), constant_values=-1)
+
+    def stand_in(self, item: int) -> int:
+        """The item that a hit on ``item`` is looked for as: itself, or under ``merge`` the first of its title."""
+        return int(self.members[self.of_item[item], 0]) if self.policy == "merge" else item
+
+    def check_fits(self, max_tokens: int) -> None:
+        """UserError when the two longest titles don't fit one sequence: a target would be left without history."""
+        need = len(self.frame.bos) + 2 * self.longest
+        if max_tokens < need:
+            raise UserError(f"config.max_tokens is {max_tokens}; a history and a target of the longest title take {need} tokens")
+
+
+class TitleTrie:
+    """The trie of a catalogue's titles, and where each title's tokens stand in it.
+
+    ``node``: (tokens,) for each of `Titles.tokens` the node whose children it is chosen from; ``branches``: (tokens,) whether
+    there are several. ``search``: the trie to decode over. Where probabilities are normalised over the "catalogue", a token
+    without alternative is certain, so ``search`` ends each title with its last choice: the same ranking and scores in fewer
+    steps.
+    """
+
+    def __init__(self, titles: Titles, normalize: Normalize) -> None:
+        self.normalize = normalize
+        sequences = titles.sequences()
+        self.trie = self.search = Trie.build(sequences)
+        self.node = self._nodes(titles)
+        self.branches = np.diff(self.trie.first_edge.numpy())[self.node] > 1
+        if normalize == "catalogue":
+            last = np.maximum.reduceat(np.where(self.branches, np.arange(len(self.node)), 0), titles.offsets[:-1])
+            kept = np.maximum(last + 1 - titles.offsets[:-1], 1)  # a catalogue of one title branches nowhere
+            self.search = Trie.build([s[:k] for s, k in zip(sequences, kept, strict=True)])
+
+    def to(self, device: str) -> "TitleTrie":
+        """Moves what is searched; the per-token arrays stay with numpy."""
+        self.search = self.search.to(device)
+        return self
+
+    def _nodes(self, titles: Titles) -> Ints:
+        """Walks all titles down the trie at once; the edges are in order of (node, token), so one search finds a step's edges."""
+        first, token, below = (t.numpy() for t in (self.trie.first_edge, self.trie.edge_token, self.trie.edge_node))
+        base = int(token.max()) + 1
+        edges = np.repeat(np.arange(len(first) - 1), np.diff(first)) * base + token
+        nodes = np.zeros(len(titles.tokens), dtype=np.int64)
+        for depth in range(1, titles.longest):
+            at = titles.offsets[:-1][titles.lengths > depth] + depth
+            nodes[at] = below[np.searchsorted(edges, nodes[at - 1] * base + titles.tokens[at - 1])]
+        return nodes
+
+
+def training_popularity(split: Split) -> Ints:
+    """(items,) interactions in the training part."""
+    popularity = np.zeros(split.n_items, dtype=np.int64)
+    for users in split.users(["items", "n_train"]):
+        offsets, items = flat_lists(users["items"])
+        position = np.arange(len(items)) - np.repeat(offsets[:-1], np.diff(offsets))
+        seen = position < np.repeat(users["n_train"].to_numpy(), np.diff(offsets))
+        popularity += np.bincount(items[seen], minlength=split.n_items)
+    return popularity
+
+
+def _members(of_item: Ints, titles: int, popularity: Ints) -> Ints:
+    """(titles, most) items of each title by falling popularity, then by number; -1 beyond."""
+    order = np.lexsort((np.arange(len(of_item)), -popularity, of_item))
+    sizes = np.bincount(of_item, minlength=titles)
+    place = np.arange(len(of_item)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    table = np.full((titles, int(sizes.max())), -1, dtype=np.int64)
+    table[of_item[order], place] = order
+    return table
+
+
+def token_places(titles: Titles, numbers: Sequence[int] | Ints) -> Ints:
+    """Where in `Titles.tokens` the tokens of several titles stand, one title after the other."""
+    starts = titles.offsets[numbers]
+    sizes = titles.offsets[np.asarray(numbers) + 1] - starts
+    within = np.arange(int(sizes.sum())) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    return np.asarray(np.repeat(starts, sizes) + within)

@@ -1,0 +1,34 @@
+"""Recall@k and NDCG@k of items, from the rank of each user's one target.
+
+One metric code for every paradigm: a recommender returns a ranked list of items per user, `target_ranks` finds the target in it,
+`ranking_metrics` averages over users. With one relevant item per user Recall@k is the hit rate at k and the ideal DCG is 1, so
+NDCG@k = 1/log2(1 + rank) for a hit within k (Järvelin and Kekäläinen 2002, with binary gains).
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+RECALL_AT = (1, 5, 10, 20)
+NDCG_AT = (5, 10, 20)
+TOP_K = 20
+
+
+def target_ranks(ranked: NDArray[np.integer], targets: NDArray[np.integer]) -> NDArray[np.int32]:
+    """1-based rank of each user's target among the returned items, 0 where it was not returned.
+
+    ``ranked``: (users, k) item numbers, best first, -1 where fewer than k were returned; ``targets``: (users,).
+    An item returned twice would count its first place; a list with repeats is the caller's fault.
+    """
+    hit = ranked == targets[:, None]
+    return np.where(hit.any(axis=1), hit.argmax(axis=1) + 1, 0).astype(np.int32)
+
+
+def ranking_metrics(ranks: NDArray[np.integer]) -> dict[str, float]:
+    """Means over users of Recall@k and NDCG@k; ``ranks``: (users,) 1-based, 0 = not returned."""
+    if ranks.size == 0:
+        raise ValueError("no users to evaluate")
+    found = ranks > 0
+    metrics = {f"recall@{k}": float(np.mean(found & (ranks <= k))) for k in RECALL_AT}
+    gain = np.zeros(ranks.shape)
+    gain[found] = 1.0 / np.log2(1.0 + ranks[found])
+    return metrics | {f"ndcg@{k}": float(np.mean(np.where(ranks <= k, gain, 0.0))) for k in NDCG_AT}

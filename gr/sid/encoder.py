@@ -1,0 +1,123 @@
+"""Item text to item embedding: a frozen `AutoModel`, mean-pooled; and a fresh one, trained on the catalogue's own text.
+
+The fresh encoder is BERT-shaped and trained by contrast: two random halves of the same item's words are to lie closer than
+halves of different items (InfoNCE, van den Oord et al. 2018, eq. 4; the views are the word deletion of CLEAR, Wu et al. 2020). It
+sees titles and attributes only, never an interaction.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, PreTrainedModel, PreTrainedTokenizerBase
+
+from gr.errors import UserError
+
+TEMPERATURE = 0.1
+KEPT_WORDS = 0.5
+
+
+def fresh_encoder(vocab: int, layers: int, d_model: int, heads: int, d_ff: int, max_tokens: int) -> BertModel:
+    """A BERT-shaped encoder with random weights."""
+    return BertModel(
+        BertConfig(
+            vocab_size=vocab,
+            hidden_size=d_model,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            intermediate_size=d_ff,
+            max_position_embeddings=max_tokens,
+            type_vocab_size=1,
+            pad_token_id=0,
+        ),
+        add_pooling_layer=False,
+    )
+
+
+def load_encoder(name_or_path: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Any `AutoModel` by hub name or path, frozen; of an encoder-decoder the encoder alone. UserError when it can't be loaded."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
+        model = AutoModel.from_pretrained(name_or_path, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise UserError(f"model {name_or_path!r} can't be loaded as an encoder: {' '.join(str(error).split())}") from None
+    if model.config.is_encoder_decoder:
+        model = model.get_encoder()
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return model.eval().requires_grad_(False), tokenizer
+
+
+def mean_pool(hidden: Tensor, mask: Tensor) -> Tensor:
+    """(items, tokens, d) and (items, tokens) to (items, d): the mean over the tokens that are no padding."""
+    weight = mask.to(hidden.dtype)[..., None]
+    return (hidden * weight).sum(1) / weight.sum(1).clamp(min=1.0)
+
+
+@torch.no_grad()
+def encode_texts(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_tokens: int, batch: int
+) -> NDArray[np.float32]:
+    """(texts, d) mean-pooled embeddings; batched by length, so that little of a batch is padding."""
+    ids = tokenizer(list(texts), truncation=True, max_length=max_tokens)["input_ids"]
+    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+    out: NDArray[np.float32] | None = None
+    for start in range(0, len(order), batch):
+        rows = order[start : start + batch]
+        tokens, mask = pad([ids[i] for i in rows], tokenizer.pad_token_id)
+        hidden = model(input_ids=tokens.to(model.device), attention_mask=mask.to(model.device)).last_hidden_state
+        pooled = mean_pool(hidden, mask.to(model.device)).float().cpu().numpy()
+        if out is None:
+            out = np.empty((len(texts), pooled.shape[1]), dtype=np.float32)
+        out[rows] = pooled
+    assert out is not None, "a catalogue is never empty"
+    return out
+
+
+def pad(rows: Sequence[Sequence[int]], value: int) -> tuple[Tensor, Tensor]:
+    """Rows of token numbers to (rows, longest) tokens, padded on the right, and the mask of what is no padding."""
+    lengths = np.array([len(row) for row in rows])
+    mask = np.arange(max(1, lengths.max()))[None, :] < lengths[:, None]
+    tokens = np.full(mask.shape, value, dtype=np.int64)
+    tokens[mask] = np.concatenate([np.asarray(row, dtype=np.int64) for row in rows])
+    return torch.from_numpy(tokens), torch.from_numpy(mask.astype(np.int64))
+
+
+class TextViews:
+    """Batches of two random views per item, as a pure function of (seed, step)."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_tokens: int, seed: int) -> None:
+        self.seed, self.max_tokens = seed, max_tokens
+        words = [text.replace(";", " ").replace(",", " ").split() for text in texts]
+        vocabulary = sorted({word for row in words for word in row})
+        number = {word: i for i, word in enumerate(vocabulary)}
+        self.pieces = tokenizer(vocabulary, add_special_tokens=False)["input_ids"]
+        self.words = [np.array([number[w] for w in row]) for row in words]
+
+    def batch(self, step: int, items: int) -> tuple[Tensor, Tensor]:
+        """``items`` different items (or all) as (2 x items, tokens) tokens and mask: a view of each, then another of each."""
+        items = min(items, len(self.words))
+        per_epoch = len(self.words) // items
+        order = np.random.default_rng((self.seed, step // per_epoch)).permutation(len(self.words))
+        chosen = order[step % per_epoch * items :][:items]
+        rng = np.random.default_rng((self.seed, step))
+        views = [self._view(self.words[i], rng) for _ in range(2) for i in chosen]
+        return pad(views, 0)
+
+    def _view(self, words: NDArray[np.int64], rng: np.random.Generator) -> list[int]:
+        keep = rng.random(len(words)) < KEPT_WORDS
+        keep[rng.integers(len(words))] = True
+        return [t for w in words[keep] for t in self.pieces[w]][: self.max_tokens]
+
+
+def contrastive_loss(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    """Sum over items of InfoNCE between an item's two views, both ways averaged."""
+    hidden = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).last_hidden_state
+    views = nn.functional.normalize(mean_pool(hidden, inputs["attention_mask"]).float(), dim=1)
+    a, b = views.chunk(2)
+    similarity = a @ b.T / TEMPERATURE
+    target = torch.arange(len(a), device=similarity.device)
+    loss = nn.functional.cross_entropy
+    return (loss(similarity, target, reduction="sum") + loss(similarity.T, target, reduction="sum")) / 2

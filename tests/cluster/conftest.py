@@ -1,0 +1,87 @@
+"""Jobs that do nothing but say they did: real run.yaml files, processes and manifests, no training."""
+
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from jobs.config import STAGES
+
+ROOT = Path(__file__).resolve().parents[2]
+
+BODY = """
+import os, time
+from pathlib import Path
+from gr.metrics import NDCG_AT, RECALL_AT
+from jobs.runtime import RunFailed, main
+
+def body(context):
+    with open(os.environ["FAKE_RUNS"], "a") as file:
+        file.write(context.run.stage + "-" + context.run.id + "\\n")
+    stage, seed = context.run.stage, getattr(context.config, "seed", 0)
+    if stage.startswith("train_"):
+        context.log(step=1, steps=4, loss=2.5)
+    if stage == "train_sid" and seed == 13:
+        raise RunFailed("loss is nan at step 3 of 4")
+    if stage == "train_sid" and seed == 99:
+        time.sleep(600)
+    facts = {
+        "prepare": {"users": 50, "interactions": 600},
+        "encode": {"n_llm": 1000, "encoder_init": "fresh"},
+        "quantize": {"n_qt": 100, "collision_rate": 0.25},
+        "pretrain_llm": {"n_llm": 700, "loss_val": 9.0, "train_tokens": 1},
+        "train_encoder": {"loss_val": 9.0, "train_tokens": 1},
+        "train_sid": {"n_rs": 10, "n_non_embedding": 8, "train_tokens": 64, "train_flops": 1e6, "loss_val": 2.0, "init": "fresh",
+                      "lr": 1e-3, "lr_choice": "stated", "steps": 4},
+        "train_llm": {"n_llm": 700, "n_lora": 7, "loss_val": 3.0, "init": "fresh"},
+        "baseline": {"n_cf": 5},
+    }.get(stage, {})
+    if stage.startswith("evaluate") or stage == "baseline":
+        facts |= {f"recall@{k}": 0.01 * k for k in RECALL_AT} | {f"ndcg@{k}": 0.005 * k for k in NDCG_AT}
+        facts |= {"evaluated_users": 50, "eval_seconds": 1.0, "users_per_second": 50.0}
+    context.facts.update(facts)
+    (context.out / "result.txt").write_text(stage)
+
+if __name__ == "__main__":
+    main("STAGE", body)
+"""
+
+STUDY = """\
+study: tiny
+seeds: [0, 1]
+datasets:
+  world: {planted: {users: 50, items: 40, topics: 3, communities: 3, subtopics: 3}}
+cf: [popularity]
+sid:
+  encoders:
+    small: {fresh: {layers: 1, d_model: 16, heads: 2, d_ff: 32, optimizer: {steps: 4, global_batch: 8, lr: 0.001}}}
+  quantizers:
+    rk: {levels: 2, width: 4}
+  train:
+    optimizer: {steps: 4, global_batch: 8, lr: 0.01, lr_at_d_model: 32}
+  ladder:
+    - {name: xs, layers: 1, d_model: 16, heads: 1, d_kv: 16, d_ff: 32}
+    - {name: s, layers: 1, d_model: 32, heads: 2, d_kv: 16, d_ff: 64}
+"""
+
+
+@pytest.fixture
+def study_file(tmp_path: Path) -> Path:
+    path = tmp_path / "study.yaml"
+    path.write_text(STUDY)
+    return path
+
+
+@pytest.fixture
+def fake_jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Puts the package `fakejobs` on the path of every process; the file returned has a line per stage that ran."""
+    package = tmp_path / "path" / "fakejobs"
+    package.mkdir(parents=True)
+    for stage in STAGES:
+        (package / f"{stage}.py").write_text(textwrap.dedent(BODY).replace("STAGE", stage))
+    runs = tmp_path / "runs.txt"
+    runs.touch()
+    monkeypatch.setenv("PYTHONPATH", f"{package.parent}:{ROOT}")
+    monkeypatch.setenv("FAKE_RUNS", str(runs))
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    return runs

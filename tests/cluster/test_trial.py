@@ -1,0 +1,107 @@
+"""A job's process group: real processes, no Ray cluster."""
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+
+from cluster.trial import Group, command, environment
+
+
+def write_run(folder: Path, stage: str, config: dict[str, Any], processes: int = 1) -> Path:
+    work = folder / "work"
+    work.mkdir()
+    document = {
+        "stage": stage,
+        "id": "x",
+        "out": "../artifact",
+        "work": ".",
+        "config": config,
+        "launch": {"processes": processes, "threads": 1},
+    }
+    (work / "run.yaml").write_text(yaml.safe_dump(document))
+    return work / "run.yaml"
+
+
+TRAIN = {
+    "size": {"layers": 1, "d_model": 8, "heads": 1, "d_kv": 8, "d_ff": 8},
+    "optimizer": {"steps": 4, "global_batch": 8, "lr": 0.1},
+}
+
+
+@pytest.mark.usefixtures("fake_jobs")
+def test_a_job_that_does_its_work(tmp_path: Path) -> None:
+    group = Group(write_run(tmp_path, "quantize", {}), "fakejobs", 0)
+    assert group.reason() is None
+    assert (tmp_path / "artifact" / "artifact.json").is_file()
+    assert not (tmp_path / "work" / "process.json").exists()
+
+
+@pytest.mark.usefixtures("fake_jobs")
+def test_a_job_that_fails_says_why(tmp_path: Path) -> None:
+    group = Group(write_run(tmp_path, "train_sid", {**TRAIN, "seed": 13}), "fakejobs", 0)
+    assert group.reason() == "loss is nan at step 3 of 4"
+
+
+@pytest.mark.usefixtures("fake_jobs")
+def test_a_program_that_does_not_load_is_told_by_its_last_words(tmp_path: Path) -> None:
+    group = Group(write_run(tmp_path, "quantize", {}), "nojobs", 0)
+    assert "No module named" in str(group.reason())
+    assert "No module named" in json.loads((tmp_path / "work" / "failure.json").read_text())["reason"]
+
+
+def running(group: Group) -> None:
+    deadline = time.monotonic() + 60
+    while not (group.work / "metrics.jsonl").is_file():
+        assert group.process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.mark.usefixtures("fake_jobs")
+def test_kill_9_is_named(tmp_path: Path) -> None:
+    group = Group(write_run(tmp_path, "train_sid", {**TRAIN, "seed": 99}), "fakejobs", 0)
+    running(group)
+    assert json.loads((tmp_path / "work" / "process.json").read_text())["pid"] == group.process.pid
+    os.kill(group.process.pid, signal.SIGKILL)
+    assert group.reason() == "killed by signal 9 (SIGKILL)"
+
+
+@pytest.mark.usefixtures("fake_jobs")
+def test_stop_ends_the_whole_group_and_blames_nobody(tmp_path: Path) -> None:
+    group = Group(write_run(tmp_path, "train_sid", {**TRAIN, "seed": 99}), "fakejobs", 0)
+    running(group)
+    group.stop()
+    assert not psutil.pid_exists(group.process.pid)
+    assert not (tmp_path / "work" / "failure.json").exists() and not (tmp_path / "work" / "process.json").exists()
+
+
+def test_two_processes_start_as_two_processes(tmp_path: Path) -> None:
+    run = yaml.safe_load(write_run(tmp_path, "train_sid", {}, processes=2).read_text())
+    words = command(run, "jobs", Path("run.yaml"))
+    assert words[:3] == [sys.executable, "-m", "accelerate.commands.launch"]
+    assert "--multi_gpu" in words and words[words.index("--num_processes") + 1] == "2"
+    assert words[-3:] == ["-m", "jobs.train_sid", "run.yaml"] and "--cpu" not in words
+    assert environment(run, 0)["ACCELERATE_USE_CPU"] == "true"
+    assert "ACCELERATE_USE_CPU" not in environment(run, 2)
+
+
+def test_a_stage_without_a_gpu_of_its_own_sees_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    run = yaml.safe_load(write_run(tmp_path, "encode", {}).read_text())
+    assert environment(run, 0)["CUDA_VISIBLE_DEVICES"] == ""
+    assert environment(run, 1)["CUDA_VISIBLE_DEVICES"] == "3"
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("fake_jobs")
+def test_two_processes_through_the_launcher(tmp_path: Path) -> None:
+    """The job itself checks that the number of processes is what its run.yaml says."""
+    group = Group(write_run(tmp_path, "train_sid", {**TRAIN, "seed": 0}, processes=2), "fakejobs", 0)
+    assert group.reason() is None, (tmp_path / "work" / "log.txt").read_text()

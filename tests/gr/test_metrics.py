@@ -1,0 +1,36 @@
+"""Recall@k and NDCG@k against their definitions."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gr.metrics import RECALL_AT, TOP_K, ranking_metrics, target_ranks
+
+ranks_of_users = st.lists(st.integers(0, 30), min_size=1, max_size=50)
+
+
+@given(ranks_of_users)
+def test_metrics_are_their_definitions(ranks: list[int]) -> None:
+    metrics = ranking_metrics(np.array(ranks))
+    for k in RECALL_AT:
+        assert metrics[f"recall@{k}"] == pytest.approx(sum(0 < r <= k for r in ranks) / len(ranks))
+    for k in (5, 10, 20):
+        assert metrics[f"ndcg@{k}"] == pytest.approx(sum(1 / math.log2(1 + r) for r in ranks if 0 < r <= k) / len(ranks))
+
+
+@given(st.integers(2, 40), st.integers(0, 10_000))
+def test_rank_is_the_place_in_the_list(items: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    ranked = np.stack([rng.permutation(items)[:TOP_K] for _ in range(5)])
+    targets = rng.integers(0, items, 5)
+    expected = [list(row).index(t) + 1 if t in row else 0 for row, t in zip(ranked, targets, strict=True)]
+    assert target_ranks(ranked, targets).tolist() == expected
+
+
+def test_missing_places_are_no_hits_and_no_users_is_an_error() -> None:
+    assert target_ranks(np.array([[2, -1, -1]]), np.array([5])).tolist() == [0]
+    with pytest.raises(ValueError, match="no users"):
+        ranking_metrics(np.array([], dtype=np.int32))

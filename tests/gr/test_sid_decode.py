@@ -1,0 +1,57 @@
+"""The T5 stepper against transformers' own forward pass, and whole decoding against scoring the catalogue."""
+
+from typing import Literal
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from gr.beam import beam_search
+from gr.sid.decode import T5Stepper
+from gr.sid.recommender import SidBatcher, SidLoss, t5, t5_flops
+from gr.sid.sids import SidTable, disambiguate
+from gr.trie import Trie
+
+
+@pytest.fixture
+def sids() -> SidTable:
+    codes = disambiguate(np.random.default_rng(0).integers(0, 4, (40, 2)))
+    offsets = np.concatenate([[0], np.cumsum(codes.max(0) + 1)[:-1]])
+    return SidTable(1 + offsets + codes, int(2 + codes.max(0).sum() + 2))
+
+
+@pytest.mark.parametrize("normalize", ["vocabulary", "catalogue"])
+def test_every_item_is_ranked_by_its_own_log_probability(sids: SidTable, normalize: Literal["vocabulary", "catalogue"]) -> None:
+    loss = SidLoss(sids, normalize)
+    torch.manual_seed(1)
+    model = t5(sids.vocab, layers=2, d_model=16, heads=3, d_kv=8, d_ff=32, dropout=0.1).eval()
+    batcher = SidBatcher(sids, max_history=6)
+    histories = [np.array([3, 5, 9]), np.array([7]), np.arange(12)]
+    inputs = batcher.encoder_inputs(histories)
+    leaf, score = beam_search(
+        T5Stepper(model, **inputs), Trie.build(sids.tokens.tolist()), beams=40, normalize=normalize == "catalogue"
+    )
+    for user, history in enumerate(histories):
+        alone = batcher.encoder_inputs([history] * 40)
+        with torch.no_grad():
+            each = [
+                -loss(model, {**{k: v[:1] for k, v in alone.items()}, "labels": batcher.labels([item])}).item()
+                for item in range(40)
+            ]
+        assert sorted(leaf[user].tolist()) == list(range(40))
+        assert score[user].tolist() == pytest.approx([each[i] for i in leaf[user].tolist()], abs=2e-4)
+        if normalize == "catalogue":
+            assert score[user].exp().sum().item() == pytest.approx(1.0, abs=1e-4), "a distribution over the items"
+
+
+def test_flops_are_those_that_torch_counts() -> None:
+    """One user, no padding: the formula against torch's counter of matrix products (which leaves attention's softmax out too)."""
+    model = t5(50, layers=2, d_model=16, heads=2, d_kv=8, d_ff=32, dropout=0.0).eval()
+    model.set_attn_implementation("eager")
+    inputs = {"input_ids": torch.ones(1, 12, dtype=torch.int64), "decoder_input_ids": torch.ones(1, 4, dtype=torch.int64)}
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(**inputs)
+    # The formula counts a digit's own prefix; teacher forcing computes all pairs of the decoder and masks the later ones.
+    masked = 2 * 4 * 16 * (4 * 4 - 4 * 5 / 2)
+    assert t5_flops(model.config, np.array([12]), digits=4) + masked == counter.get_total_flops()

@@ -1,0 +1,113 @@
+"""The LLM paradigm's stages as real processes: the whole chain, two processes, death and resumption, mistakes."""
+
+import os
+import signal
+import subprocess
+import time
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+from safetensors.torch import load_file
+from torch import equal
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from gr.files import read_json
+from gr.metrics import ranking_metrics
+from tests.conftest import ROOT, Jobs
+
+PRETRAIN = {
+    "size": {"layers": 2, "d_model": 32, "heads": 2, "d_ff": 64},
+    "vocab": 320,
+    "optimizer": {"steps": 60, "global_batch": 64, "lr": 0.005, "validations": 2},
+}
+OPTIMIZER = {"steps": 40, "global_batch": 16, "lr": 0.005, "validations": 2}
+
+
+def training(**optimizer: Any) -> dict[str, Any]:
+    return {"lora": {"rank": 16}, "max_history": 8, "max_tokens": 256, "optimizer": OPTIMIZER | optimizer, "seed": 3}
+
+
+@pytest.fixture(scope="module")
+def backbone(jobs: Jobs, split: str) -> str:
+    jobs.run("pretrain_llm", "backbone", PRETRAIN, split=split)
+    return "backbone"
+
+
+@pytest.fixture(scope="module")
+def trained(jobs: Jobs, split: str, backbone: str) -> str:
+    jobs.run("train_llm", "llm", training(), split=split, backbone=backbone)
+    return "llm"
+
+
+def test_the_backbone_is_an_ordinary_hugging_face_folder(jobs: Jobs, backbone: str) -> None:
+    folder = jobs.folder / "artifacts" / backbone
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    assert model.config.model_type == "qwen3" and model.config.vocab_size == len(tokenizer)
+    assert model.config.tie_word_embeddings
+
+
+@pytest.mark.slow
+def test_the_whole_chain_beats_popularity(jobs: Jobs, split: str, backbone: str) -> None:
+    jobs.run("train_llm", "llm-long", training(steps=250), split=split, backbone=backbone)
+    evaluated = jobs.run("evaluate_llm", "llm-evaluated", {}, split=split, backbone=backbone, model="llm-long")
+    floor = jobs.run("baseline", "llm-popularity", {"method": "popularity"}, split=split)
+    assert evaluated.facts["recall@10"] > floor.facts["recall@10"] + 0.03
+    hits = pq.read_table(evaluated.out / "hits.parquet")
+    again = ranking_metrics(hits["rank"].to_numpy())
+    assert {k: evaluated.facts[k] for k in again} == pytest.approx(again)
+
+
+@pytest.mark.slow
+def test_facts_and_policies(jobs: Jobs, split: str, backbone: str, trained: str) -> None:
+    facts = jobs.run("evaluate_llm", "expand", {"users": 50}, split=split, backbone=backbone, model=trained).facts
+    assert facts["evaluated_users"] == 50 and facts["infer_flops_per_user"] > 0
+    assert {"shared_titles", "empty_titles", "truncated_titles"} <= facts.keys()
+    merge = training(steps=8) | {"shared_titles": "merge"}
+    jobs.run("train_llm", "merge", merge, split=split, backbone=backbone)
+    facts = jobs.run("evaluate_llm", "merged", {"users": 50}, split=split, backbone=backbone, model="merge").facts
+    assert facts["shared_titles_policy"] == "merge"
+
+
+@pytest.mark.slow
+def test_two_processes_train_the_same_model(jobs: Jobs, split: str, backbone: str, trained: str) -> None:
+    two = jobs.run("train_llm", "llm-two", training(), processes=2, split=split, backbone=backbone)
+    one = load_file(jobs.folder / "artifacts" / trained / "adapter_model.safetensors")
+    other = load_file(two.out / "adapter_model.safetensors")
+    assert one.keys() == other.keys()
+    assert all((one[k] - other[k]).abs().max() < 2e-2 for k in one)
+    assert two.facts["train_tokens"] == jobs_facts(jobs, trained)["train_tokens"]
+
+
+@pytest.mark.slow
+def test_killed_training_ends_like_an_undisturbed_one(jobs: Jobs, split: str, backbone: str) -> None:
+    config = training(steps=150)
+    jobs.run("train_llm", "calm", config, split=split, backbone=backbone)
+    path = jobs.write("train_llm", "killed", config, split=split, backbone=backbone)
+    environment = jobs.environment() | {"GRSCALE_CHECKPOINT_SECONDS": "0.2"}
+    process = subprocess.Popen(jobs.command("train_llm", path), cwd=ROOT, env=environment, start_new_session=True)
+    checkpoints = jobs.folder / "work" / "killed" / "checkpoint"
+    deadline = time.monotonic() + 120
+    while not list(checkpoints.glob("[0-9]*/checkpoint.json")) and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.05)
+    assert process.poll() is None, "it ended before it could be killed"
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    done = jobs.run("train_llm", "killed", config, split=split, backbone=backbone)
+    assert any(row.get("event") == "resumed" for row in done.rows)
+    calm = load_file(jobs.folder / "artifacts" / "calm" / "adapter_model.safetensors")
+    resumed = load_file(done.out / "adapter_model.safetensors")
+    assert all(equal(calm[k], resumed[k]) for k in calm)
+
+
+def test_mistakes_are_named(jobs: Jobs, split: str) -> None:
+    assert "inputs.backbone is missing" in jobs.run("train_llm", "none", training(), expect=2, split=split).stderr
+    small = PRETRAIN | {"vocab": 100}
+    assert "vocab: Value error, 100 is too small" in jobs.run("pretrain_llm", "small", small, expect=2, split=split).stderr
+    tight = PRETRAIN | {"max_tokens": 8}
+    assert "config.max_tokens is 8" in jobs.run("pretrain_llm", "tight", tight, expect=2, split=split).stderr
+
+
+def jobs_facts(jobs: Jobs, name: str) -> dict[str, Any]:
+    facts: dict[str, Any] = read_json(jobs.folder / "artifacts" / name / "artifact.json")["facts"]
+    return facts
