@@ -78,7 +78,7 @@ def row(store: Store, plan: Plan, point: Point) -> dict[str, Any]:
         facts = nodes[stage][1]["facts"]
         found.update({column: facts[column] for column in columns if facts.get(column) is not None})
     last_node, last = nodes[plan.nodes[point.nodes[-1]].stage]
-    first_node, _ = nodes[plan.nodes[point.nodes[0]].stage]
+    first_node, first = nodes[plan.nodes[point.nodes[0]].stage]
     counts = nodes["prepare"][1]["facts"]
     sizes = [found[name] for name in _TOTAL[point.paradigm]]
     found.update(
@@ -102,7 +102,7 @@ def row(store: Store, plan: Plan, point: Point) -> dict[str, Any]:
         started=last["started"],
         host=last.get("host"),
         versions=canonical(last["versions"]),
-        launch=canonical({"processes": first_node.processes, "threads": first_node.threads}),
+        launch=canonical(first["launch"]),
         evaluation=str(store.artifact(last_node).relative_to(store.folder)),
     )
     return found

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.identity import identity
-from cluster.study import EncoderSpec, LlmRung, Loaded, SidRung, Study, StudyOptimizer
+from cluster.study import EncoderSpec, LlmRung, Loaded, Pretrain, SidRung, Study, StudyOptimizer
 from gr.data.dataset import Dataset
 from gr.errors import UserError
 from gr.files import sha256
@@ -231,18 +231,10 @@ class _Planner:
         llm = self.study.llm
         assert llm is not None
         launch = rung.launch
-        inputs = {"split": split}
-        if rung.model is None:
-            assert llm.pretrain is not None and rung.d_model is not None
-            config = {
-                "size": rung.model_dump(include={"layers", "d_model", "heads", "d_ff", "kv_heads"}),
-                "vocab": llm.pretrain.vocab,
-                "max_tokens": llm.pretrain.max_tokens,
-                "normalize": llm.pretrain.normalize,
-                "optimizer": resolve(llm.pretrain.optimizer, rung.d_model),
-            }
-            inputs["backbone"] = self.node("pretrain_llm", config, {"split": split}, launch.processes, launch.threads)
         for seed in self.study.seeds:
+            inputs = {"split": split}
+            if rung.model is None:
+                inputs["backbone"] = self._fresh_backbone(split, rung, llm.pretrain, seed)
             config = {
                 **llm.train.model_dump(exclude={"optimizer"}),
                 "model": rung.model,
@@ -257,6 +249,17 @@ class _Planner:
                 threads=launch.processes * launch.threads,
             )
             self._point(dataset, protocol, "llm", rung.name, seed, (train, evaluate))
+
+    def _fresh_backbone(self, split: str, rung: LlmRung, pretrain: Pretrain | None, seed: int) -> str:
+        """One per seed: backbones differ between rungs, so seeds that shared theirs would vary less than the rungs do."""
+        assert pretrain is not None and rung.d_model is not None
+        config = {
+            "size": rung.model_dump(include={"layers", "d_model", "heads", "d_ff", "kv_heads"}),
+            **pretrain.model_dump(exclude={"optimizer"}),
+            "optimizer": resolve(pretrain.optimizer, rung.d_model),
+            "seed": seed,
+        }
+        return self.node("pretrain_llm", config, {"split": split}, rung.launch.processes, rung.launch.threads)
 
 
 def resolve(optimizer: StudyOptimizer, d_model: int | None, lr: float | None = None, steps: int | None = None) -> dict[str, Any]:

@@ -25,6 +25,7 @@ _ENVIRONMENT = {
     "RAY_AIR_NEW_OUTPUT": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_worker_niceness": "0",  # at Ray's 15 any other process of the machine would starve the study
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_MAX_PENDING_TRIALS_PG": "2",
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
@@ -102,17 +103,17 @@ def _run(plan: Plan, store: Store, address: str | None, module: str) -> bool:
 
 def _with_ray(plan: Plan, store: Store, address: str | None, module: str, stop: Stop) -> None:
     os.environ.update(_ENVIRONMENT)
-    # Ray listens on every interface. Its token is this run's own; left to itself it would put one in the home folder, after which
-    # clients that know nothing of it fail.
+    # The token is this run's own; left to itself Ray would put one in the home folder, after which clients that know nothing of
+    # it fail.
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     if not address:
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # Ray's way, on Linux too, to bind its servers to loopback
     import ray
 
-    options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
-    if address:
-        options["address"] = address
-    else:
+    # "local": without an address Ray would join whatever cluster RAY_ADDRESS or a file in /tmp names.
+    options: dict[str, Any] = {"address": address or "local", "logging_level": logging.ERROR, "log_to_driver": False}
+    if not address:
         options |= {
             "num_cpus": slots(),
             "include_dashboard": False,
@@ -200,5 +201,10 @@ def catch(stop: Stop) -> None:
 
 
 def slots() -> int:
-    """Cores of this machine that the study may use."""
-    return len(os.sched_getaffinity(0))
+    """Cores of this machine that the study may use: no more than a container's quota."""
+    cores = len(os.sched_getaffinity(0))
+    with contextlib.suppress(OSError, ValueError):
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        if quota != "max":
+            cores = min(cores, max(1, int(quota) // int(period)))
+    return cores

@@ -212,7 +212,7 @@ class Store:
             return False
         with lock.open("r") as file:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared: one who only asks keeps no other asker out
             except OSError:
                 return True
         return False

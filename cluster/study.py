@@ -226,7 +226,7 @@ class Study(Config):
     study: Name
     seeds: Annotated[list[Seed], Field(min_length=1), AfterValidator(_unique)] = Field(default=[0, 1, 2])
     metric: Metric = "recall@10"
-    worthwhile: Annotated[float, Field(gt=0)] = 0.01
+    worthwhile: Annotated[float, Field(gt=0, lt=1)] = 0.01
     datasets: Annotated[dict[Name, DatasetSpec], Field(min_length=1)]
     protocols: Annotated[
         list[Annotated[Protocol, BeforeValidator(_short_protocol)]], Field(min_length=1), AfterValidator(_unique)

@@ -105,9 +105,14 @@ class Group:
 
 
 def last_words(log: Path) -> str:
-    """The last line of a log that is not empty: of a program that did not load, the error."""
-    lines = log.read_text(errors="replace").split("\n")
-    return next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing")
+    """What a program said last before it died: its last line that begins with ``error:``, else the last one with words in it.
+
+    torch's launcher ends its own report with a rule, and a table of ranks before that.
+    """
+    lines = [line.strip() for line in log.read_text(errors="replace").split("\n--- ")[-1].split("\n")]
+    said = [line for line in lines if any(c.isalpha() for c in line)]
+    errors = [line.removeprefix("error:").strip() for line in said if line.startswith("error:")]
+    return (errors or said or ["it said nothing"])[-1]
 
 
 class Trial(tune.Trainable):  # type: ignore[misc]

@@ -37,12 +37,20 @@ def fresh_encoder(vocab: int, layers: int, d_model: int, heads: int, d_ff: int, 
 
 
 def load_encoder(name_or_path: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Any `AutoModel` by hub name or path, frozen; of an encoder-decoder the encoder alone. UserError when it can't be loaded."""
+    """Any `AutoModel` by hub name or path, frozen; of an encoder-decoder the encoder alone.
+
+    UserError when it can't be loaded, or when its file lacks weights that would then be random. A pooler that the file lacks is
+    dropped: nothing here uses it, and it would be counted.
+    """
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
-        model = AutoModel.from_pretrained(name_or_path, trust_remote_code=False)
+        model, info = AutoModel.from_pretrained(name_or_path, trust_remote_code=False, output_loading_info=True)
     except (OSError, ValueError) as error:
         raise UserError(f"model {name_or_path!r} can't be loaded as an encoder: {' '.join(str(error).split())}") from None
+    if lacking := sorted(name for name in info["missing_keys"] if not name.startswith("pooler.")):
+        raise UserError(f"model {name_or_path!r} is no whole encoder: {len(lacking)} weights are missing, such as {lacking[0]}")
+    if info["missing_keys"]:
+        model.pooler = None
     if model.config.is_encoder_decoder:
         model = model.get_encoder()
     if tokenizer.pad_token is None:
