@@ -116,18 +116,19 @@ def write_row(store: Store, plan: Plan, point: Point) -> None:
     aside.replace(path)
 
 
-def read_row(path: Path) -> dict[str, Any]:
-    found: dict[str, Any] = pq.read_table(path).to_pylist()[0]
-    return found
+def read_row(path: Path) -> dict[str, Any] | None:
+    """The row in a file; None where there is none or it is damaged, and must be written again."""
+    try:
+        return dict(pq.read_table(path).to_pylist()[0])
+    except (pa.ArrowException, OSError, IndexError):
+        return None
 
 
 def refresh_rows(store: Store, plan: Plan) -> None:
     """Writes the row of every finished point that has none, or one in other words or with other columns than it has now."""
     for point in plan.points:
-        path = store.row(point)
-        if all(store.done(node) for node in plan.upstream(point)) and not (
-            path.is_file() and read_row(path) == row(store, plan, point)
-        ):
+        finished = all(store.done(node) for node in plan.upstream(point))
+        if finished and read_row(store.row(point)) != row(store, plan, point):
             write_row(store, plan, point)
 
 

@@ -60,8 +60,8 @@ class Watch:
             if before is not None and before != state:
                 news += self._news(node, state)
         for point in self.plan.points:
-            if point.run_id not in self.points and self.store.row(point).is_file():
-                self.points[point.run_id] = read_row(self.store.row(point))
+            if point.run_id not in self.points and (row := read_row(self.store.row(point))) is not None:
+                self.points[point.run_id] = row
                 news.append(self._measured(point))
         return news
 

@@ -140,6 +140,7 @@ def _analyse(rows: list[Row], paradigm: str, settings: dict[str, Any]) -> tuple[
     sized = [row for row in rows if (_number(row.get("n_total")) or 0) > 0]
     if not sized:
         return {}, None
+    sized, twins = _one_model_per_size(sized)
     size, fixed = _ladder(sized, paradigm)
     total = np.array([float(row["n_total"]) for row in sized])
     table = {
@@ -149,7 +150,7 @@ def _analyse(rows: list[Row], paradigm: str, settings: dict[str, Any]) -> tuple[
     }
     columns = {"N": size, "R": "metric"}
     sizes = np.unique(table[size])
-    group: dict[str, Any] = {"size": size, "fixed": fixed, "sizes": len(sizes), "verdict": None, "laws": [], "notes": []}
+    group: dict[str, Any] = {"size": size, "fixed": fixed, "sizes": len(sizes), "verdict": None, "laws": [], "notes": twins}
     lines: list[Line] = []
     if len(sizes) < 2:
         group["words"] = "no verdict: one size was measured, and a law needs two or more."
@@ -191,6 +192,23 @@ def _ladder(rows: list[Row], paradigm: str) -> tuple[str, float]:
     if paradigm == "sid" and len(beside) == 1 and (fixed := beside.pop()) is not None:
         return "n_rs", fixed
     return "n_total", 0.0
+
+
+def _one_model_per_size(rows: list[Row]) -> tuple[list[Row], list[str]]:
+    """Of the models of one size (a rung tried at several learning rates, say) that with the least validation loss: the others
+    are no replicates of it. With a note for each size that had several."""
+    kept, notes = [], []
+    for size in sorted({row["n_total"] for row in rows}):
+        here = [row for row in rows if row["n_total"] == size]
+        losses: dict[str, list[float]] = {}
+        for row in here:
+            loss = _number(row.get("loss_val"))
+            losses.setdefault(str(row["model"]), []).append(math.inf if loss is None else loss)
+        best = min(losses, key=lambda model: float(np.mean(losses[model])))
+        kept += [row for row in here if str(row["model"]) == best]
+        if len(losses) > 1:
+            notes.append(f"{', '.join(sorted(losses))} have one size; {best}, of the least validation loss, stands for it.")
+    return kept, notes
 
 
 def _tried(function: Callable[[], Any], notes: list[str]) -> Any:
@@ -279,12 +297,11 @@ def _flops_curve(runs: list[Row], paradigm: str, metric: str) -> Curve:
 def _failures(study_dir: Path, measured: set[str]) -> list[dict[str, str]]:
     """Points without a measurement: those that failed, with reason and log, and those the plan has and nobody ran."""
     path, plan = study_dir / "failures.json", study_dir / "plan.json"
-    failed = read_json(path) if path.is_file() else []
-    out = [{key: str(entry.get(key, "")) for key in ("point", "reason", "log")} for entry in failed]
-    known = {entry["point"] for entry in out} | measured
+    reasons = {str(entry["point"]): entry for entry in read_json(path)} if path.is_file() else {}
     points = read_json(plan).get("points", []) if plan.is_file() else []
-    missing = [str(point["run_id"]) for point in points if isinstance(point, dict) and str(point.get("run_id")) not in known]
-    return out + [{"point": run_id, "reason": "not measured yet", "log": ""} for run_id in missing if run_id]
+    missing = [str(point["run_id"]) for point in points if str(point["run_id"]) not in measured]
+    found = [{"point": run_id, "reason": "not measured yet", "log": ""} | reasons.get(run_id, {}) for run_id in missing]
+    return [{key: str(entry[key]) for key in ("point", "reason", "log")} for entry in found]
 
 
 def _csv(rows: list[Row]) -> str:

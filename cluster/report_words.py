@@ -137,10 +137,10 @@ def asides(rows: list[Row], paradigm: str, lack_of_fit: bool) -> list[str]:
     if paradigm != "llm":
         return []
     out = []
-    if any(row.get("init") == "fresh" for row in rows):
+    if any(row.get("init") == "pretrained" for row in rows):
         # a verdict under lack of fit is judged by the scatter between rungs, which has the backbones' variance in it
         which = "the laws' intervals" if lack_of_fit else "the intervals"
-        out.append(f"Each rung's backbone was trained once and is shared by its seeds: {which} do not hold its variance.")
+        out.append(f"A pretrained backbone is shared by its rung's seeds: {which} do not hold its variance.")
     rungs: dict[tuple[Any, ...], list[str]] = {}
     for row in rows:
         if row.get("items_with_shared_title") is not None:

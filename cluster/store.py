@@ -3,6 +3,7 @@
 Nothing here knows of Ray: the folder is the truth, and `run`, `status` and `logs` all read it.
 """
 
+import copy
 import fcntl
 import json
 import os
@@ -10,11 +11,12 @@ import platform
 import re
 import shutil
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 import psutil  # type: ignore[import-untyped]
 import yaml
@@ -65,7 +67,15 @@ class Store:
         return self.folder / "metrics" / f"{point.run_id}.parquet"
 
     def manifest(self, node: Node) -> dict[str, Any] | None:
-        return read_manifest(self.artifact(node))
+        """The finished stage's manifest; None also for a damaged artifact, which is then built again."""
+        folder = self.artifact(node)
+        try:
+            manifest = read_manifest(folder)
+        except ValueError:
+            return None
+        if manifest is None or not all((folder / name).is_file() for name in manifest.get("files", ())):
+            return None
+        return manifest
 
     def done(self, node: Node) -> bool:
         return self.manifest(node) is not None
@@ -73,7 +83,10 @@ class Store:
     def failure(self, node: Node) -> str | None:
         """The reason why the stage's last try failed, if it did."""
         file = self.work(node) / "failure.json"
-        return str(read_json(file)["reason"]) if file.is_file() else None
+        try:
+            return str(read_json(file)["reason"]) if file.is_file() else None
+        except (ValueError, KeyError):
+            return "its failure.json is damaged"
 
     def state(self, node: Node) -> State:
         if self.done(node):
@@ -159,11 +172,15 @@ class Store:
                 row.rename(self.folder / "metrics" / row.name)
 
     def sweep(self, plan: Plan) -> None:
-        """Removes what killed jobs and drivers left half-written; call it under the lock, when no job of this folder runs."""
+        """Removes what killed jobs and drivers left half-written, and damaged artifacts; call it under the lock, when no job of
+        this folder runs."""
         elsewhere = {node.id for node in plan.nodes.values() if self.alive(node)}  # on another host, by the trial's own word
         for path in (self.folder / "artifacts").glob("*/.*"):
             if (half := _HALF.match(path.name)) and half[1] not in elsewhere and path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
+        for node in plan.nodes.values():
+            if self.artifact(node).is_dir() and not self.done(node) and node.id not in elsewhere:
+                shutil.rmtree(self.artifact(node))
         for path in (self.folder / "metrics").glob(".*.parquet.*"):
             path.unlink()
 
@@ -193,13 +210,11 @@ class Store:
             self.folder.mkdir(parents=True, exist_ok=True)
             lock = (self.folder / ".lock").open("a+")
         with lock as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+            if not _exclusive(file):
                 file.seek(0)
                 raise UserError(
                     f"{self.folder}: another `grscale run` works here ({file.read().strip()}); wait for it or stop it"
-                ) from None
+                )
             file.truncate(0)
             file.write(f"process {os.getpid()} on {platform.node()}")
             file.flush()
@@ -250,6 +265,16 @@ def _damaged(file: Path) -> UserError:
     return UserError(f"{file}: damaged; remove it, and the same `grscale run` writes it again and goes on")
 
 
+def _exclusive(file: IO[str]) -> bool:
+    """Locks the file, unless another driver holds it; one who only asks (`Store.locked`) is gone in a moment."""
+    for _ in range(5):
+        with suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        time.sleep(0.1)
+    return False
+
+
 def kill_group(pid: int, signum: int) -> None:
     """Signals a process group, unless it is gone."""
     with suppress(ProcessLookupError):
@@ -275,12 +300,16 @@ def last_line(file: Path) -> dict[str, Any]:
 
 
 def _absolute(raw: dict[str, Any]) -> dict[str, Any]:
-    """The study with its data sets' paths made absolute, so that its copy means the same from anywhere."""
-    datasets = {
-        name: {**spec, "path": str(Path(spec["path"]).expanduser().resolve())} if spec.get("path") else spec
-        for name, spec in raw["datasets"].items()
-    }
-    return {**raw, "datasets": datasets}
+    """The study with the paths of its data sets and models made absolute, so that its copy means the same from anywhere."""
+    found = copy.deepcopy(raw)
+    for spec in found["datasets"].values():
+        if spec.get("path"):
+            spec["path"] = str(Path(spec["path"]).expanduser().resolve())
+    encoders, rungs = (found.get("sid") or {}).get("encoders") or {}, (found.get("llm") or {}).get("ladder") or []
+    for spec in (*encoders.values(), *rungs):
+        if spec.get("model") and Path(spec["model"]).expanduser().is_dir():  # else the name of one on the hub
+            spec["model"] = str(Path(spec["model"]).expanduser().resolve())
+    return found
 
 
 def _write_if_new(path: Path, text: str) -> None:

@@ -223,6 +223,9 @@ def _carries(law: Law, columns: Mapping[str, str], y: Floats, rung: np.ndarray, 
     metric = columns[law.response]
     if np.ptp(y) == 0:
         raise FitError(f"column {metric!r}: every value is {y[0]:g}; a constant metric has no law")
+    if y.min() < 0 and all(term.lower == 0 for term in law.terms):
+        row = int(np.argmax(y < 0))
+        raise FitError(f"column {metric!r}, row {row + 1}: {y[row]:g}; law {law.name} ({law.formula}) has no values below zero")
     if LOSSES[loss] == "log" and y.min() <= 0:
         row = int(np.argmax(y <= 0))
         raise FitError(

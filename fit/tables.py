@@ -83,7 +83,9 @@ def _read_path(path: Path) -> pa.Table:
 
 
 def column(table: pa.Table, name: str, role: str = "") -> pa.ChunkedArray:
-    if name in table.column_names:
+    if (count := table.column_names.count(name)) > 1:
+        raise FitError(f"column {name!r} is there {count} times; one of them needs another name")
+    if count:
         return table.column(name)
     close = get_close_matches(name, table.column_names, 1)
     hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(table.column_names)}"

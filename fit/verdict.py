@@ -117,7 +117,7 @@ def _ladder(N: Floats, y: Floats) -> _Rungs:
 def _top(ladder: _Rungs) -> int:
     count = len(ladder.x)
     least = min(count, 4, max(3, count - 1))
-    wide = (k for k in range(least, count + 1) if ladder.x[-1] - ladder.x[-k] >= 2.0)
+    wide = (k for k in range(least, count + 1) if ladder.x[-1] - ladder.x[-k] >= 2.0 - 1e-6)
     return next(wide, least)
 
 
@@ -188,7 +188,8 @@ def _judge(ladder: _Rungs, best: _Rungs, level: float, worthwhile: float, alpha:
         verdict = "still scaling"
     else:
         verdict = "inconclusive"
-    reason = _reason(verdict, slope / level, low / level, high / level, worthwhile, alpha, best, noise)
+    smaller = len(ladder.x) > len(best.x)
+    reason = _reason(verdict, slope / level, low / level, high / level, worthwhile, alpha, best, noise, smaller)
     return Saturation(
         verdict=verdict,
         gain_per_doubling=slope,
@@ -227,7 +228,15 @@ def _grew(ladder: _Rungs, k: int, alpha: float, noise: _Noise) -> bool:
 
 
 def _reason(
-    verdict: str, gain: float, low: float, high: float, worthwhile: float, alpha: float, best: _Rungs, noise: _Noise
+    verdict: str,
+    gain: float,
+    low: float,
+    high: float,
+    worthwhile: float,
+    alpha: float,
+    best: _Rungs,
+    noise: _Noise,
+    smaller: bool,
 ) -> str:
     sizes_text = f"Over the {len(best.x)} largest sizes ({2 ** best.x[0]:.3g} to {2 ** best.x[-1]:.3g})"
     if not np.isfinite(high):
@@ -235,7 +244,8 @@ def _reason(
     start = f"{sizes_text} a doubling changes the metric by {gain:+.2%} ({1 - 2 * alpha:.0%} interval {low:+.2%} to {high:+.2%})"
     ends = {
         "saturated": f"less than the smallest worthwhile gain of {worthwhile:.2%}, after growth at smaller sizes.",
-        "never scaled": f"less than the smallest worthwhile gain of {worthwhile:.2%}, and no growth at smaller sizes was shown.",
+        "never scaled": f"less than the smallest worthwhile gain of {worthwhile:.2%}, and "
+        + ("no growth at smaller sizes was shown." if smaller else "there is no smaller size that could show earlier growth."),
         "still scaling": f"more than the smallest worthwhile gain of {worthwhile:.2%}.",
         "degrading": "a loss: more size makes it worse.",
         "inconclusive": f"which does not decide whether it exceeds the smallest worthwhile gain of {worthwhile:.2%}.",

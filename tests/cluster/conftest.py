@@ -65,6 +65,13 @@ sid:
     - {name: s, layers: 1, d_model: 32, heads: 2, d_kv: 16, d_ff: 64}
 """
 
+LLM = """
+llm:
+  pretrain: {vocab: 300, optimizer: {steps: 4, global_batch: 8, lr: 0.001}}
+  train: {lora: {rank: 4}, optimizer: {steps: 4, global_batch: 8, lr: 0.001}}
+  ladder: [{name: xs, layers: 1, d_model: 32, heads: 2, d_ff: 64}]
+"""
+
 
 @pytest.fixture
 def study_file(tmp_path: Path) -> Path:

@@ -8,18 +8,12 @@ from cluster.plan import Plan, make_plan
 from cluster.store import Store
 from cluster.study import load_study
 from tests.cluster import test_schedule
+from tests.cluster.conftest import LLM
 from tests.cluster.test_schedule import run_all
 
 COLUMNS = """study run_id dataset protocol paradigm model seed n_rs n_llm n_qt n_lora n_cf n_total n_non_embedding users
 interactions train_tokens train_flops infer_flops_per_user train_seconds eval_seconds users_per_second peak_memory_bytes loss_val
 recall@1 recall@5 recall@10 recall@20 ndcg@5 ndcg@10 ndcg@20 inject data_fraction status""".split()  # noqa: SIM905
-
-LLM = """
-llm:
-  pretrain: {vocab: 300, optimizer: {steps: 4, global_batch: 8, lr: 0.001}}
-  train: {lora: {rank: 4}, optimizer: {steps: 4, global_batch: 8, lr: 0.001}}
-  ladder: [{name: xs, layers: 1, d_model: 32, heads: 2, d_ff: 64}]
-"""
 
 
 @pytest.fixture
@@ -113,6 +107,24 @@ def test_rows_follow_the_studys_words_and_columns(measured: tuple[Plan, Store], 
     pq.write_table(old, store.row(scaled))
     refresh_rows(store, other)
     assert read_row(store.row(scaled))["loss_unit"] == "nats per item"
+
+
+def test_a_damaged_row_is_written_again(measured: tuple[Plan, Store]) -> None:
+    plan, store = measured
+    file = store.row(plan.points[0])
+    whole = file.read_bytes()
+    file.write_bytes(whole[:100])
+    assert read_row(file) is None
+    refresh_rows(store, plan)
+    assert file.read_bytes() == whole
+
+
+def test_the_launch_is_the_one_that_trained(measured: tuple[Plan, Store], study_file: Path) -> None:
+    """Threads are no part of a run's identity, so the study may have other ones by now."""
+    _, store = measured
+    other = make_plan(load_study(study_file, ["seeds=[3]", "sid.ladder[0].launch.threads=2"]))
+    refresh_rows(store, other)
+    assert {str(read_row(store.row(p))["launch"]) for p in other.points} == {'{"processes":1,"threads":1}'}
 
 
 def test_the_table_reads_as_one(measured: tuple[Plan, Store]) -> None:

@@ -21,6 +21,7 @@ from jobs.config import (
     TrainLlmConfig,
     TrainSidConfig,
 )
+from tests.cluster.conftest import LLM
 
 
 def planned(file: Path, *overrides: str) -> Plan:
@@ -173,3 +174,16 @@ def test_a_diamond_is_no_deadlock(study_file: Path) -> None:
     plan.points = [Point("p", "", "", "cf", "", 0, ("b",))]
     chains = {chain.nodes: chain.needs for chain in plan.chains()}
     assert chains == {("a", "d"): set(), ("x",): {"a"}, ("b",): {"d", "x"}}
+
+
+def test_each_seed_has_a_backbone_of_its_own(study_file: Path) -> None:
+    """Seeds that shared one would vary less than the rungs do, and a verdict would look surer than it is."""
+    study_file.write_text(study_file.read_text() + LLM)
+    plan = make_plan(load_study(study_file, ["seeds=[0, 1, 2]"]))
+    backbones = [node for node in plan.nodes.values() if node.stage == "pretrain_llm"]
+    assert [node.config["seed"] for node in backbones] == [0, 1, 2]
+    assert len([node for node in plan.nodes.values() if node.stage == "encode"]) == 1
+    for point in plan.points:
+        if point.paradigm == "llm":
+            (backbone,) = [node for node in plan.upstream(point) if node.stage == "pretrain_llm"]
+            assert backbone.config["seed"] == point.seed

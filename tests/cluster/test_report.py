@@ -91,9 +91,11 @@ def verdicts(report: dict[str, Any]) -> dict[str, str | None]:
 
 def test_a_study_whole(tmp_path: Path) -> None:
     folder = study(tmp_path / "out", measurements())
-    (folder / "plan.json").write_text(json.dumps({"study": "planned", "points": [{"run_id": "never-run"}]}))
+    planned = ["never-run", "planted-llm-r5-s0", "planted-llm-r6-s0"]
+    (folder / "plan.json").write_text(json.dumps({"study": "planned", "points": [{"run_id": name} for name in planned]}))
     failure = {"point": "planted-llm-r6-s0", "reason": "the loss became NaN at step 40", "log": "work/x/log.txt"}
-    (folder / "failures.json").write_text(json.dumps([failure]))
+    old = [{"point": name, "reason": "an old tale", "log": ""} for name in ("planted-llm-r5-s0", "no-longer-planned")]
+    (folder / "failures.json").write_text(json.dumps([failure, *old]))
     report = write_report(folder)
     assert verdicts(report) == {"sid": "saturated", "llm": "still scaling"}
     assert report["worthwhile"] == 0.02
@@ -118,6 +120,7 @@ def test_a_study_whole(tmp_path: Path) -> None:
     assert json.loads((out / "fit.json").read_text()) == report
     with (out / "points.csv").open() as file:
         assert len(list(csv.DictReader(file))) == 40
+    assert "an old tale" not in (out / "index.html").read_text()  # of a point measured since, and of one no longer planned
     html = (out / "index.html").read_text()
     for expected in (
         "SID-based GR: saturated",
@@ -264,11 +267,12 @@ def test_what_goes_with_an_llm_ladder(tmp_path: Path) -> None:
         "nats per title token",
     ):
         assert expected in page, expected
-    assert page.count("the intervals do not hold its variance") == 1 and "easier task" not in page
+    assert "do not hold its variance" not in page and "easier task" not in page
     pretrained = [r | {"init": "pretrained", "shared_titles_policy": "merge"} if r["paradigm"] == "llm" else r for r in rows]
     write_report(study(tmp_path / "merge", pretrained))
     page = text(tmp_path / "merge")
-    assert "backbone was trained once" not in page and "an easier task than one of items" in page
+    assert page.count("A pretrained backbone is shared by its rung's seeds: the intervals do not hold its variance.") == 1
+    assert "an easier task than one of items" in page
 
 
 def ranked(folder: Path, rows: list[dict[str, Any]], rates: dict[str, float], users: int = 2000) -> None:
@@ -332,3 +336,17 @@ def test_the_caption_says_how_the_bands_were_drawn(tmp_path: Path) -> None:
         page = text(tmp_path / str(seeds))
         assert said in page and unsaid not in page
         assert ("from the spread of seeds pooled" in page) == (seeds > 1)
+
+
+def test_of_rungs_of_one_size_the_better_one_stands_for_it(tmp_path: Path) -> None:
+    """A rung tried at another learning rate is no seed of the first: pooled, the two would widen or bend the ladder."""
+    rows = measurements()
+    worse = [
+        r | {"model": "r5-lr", "run_id": r["run_id"] + "-lr", "recall@10": r["recall@10"] * 0.8, "loss_val": 9.0}
+        for r in rows
+        if r["model"] == "r5"
+    ]
+    plain, more = (write_report(study(tmp_path / name, rs)) for name, rs in (("plain", rows), ("more", rows + worse)))
+    assert [g["verdict"] for g in plain["groups"]] == [g["verdict"] for g in more["groups"]]
+    notes = [note for g in more["groups"] for note in g["notes"]]
+    assert notes.count("r5, r5-lr have one size; r5, of the least validation loss, stands for it.") == 2

@@ -1,5 +1,6 @@
 """Whole runs through a real local Ray, with jobs that train nothing."""
 
+import fcntl
 import json
 import os
 import shutil
@@ -12,12 +13,13 @@ from pathlib import Path
 
 import psutil
 import pytest
+import yaml
 
 from cluster import run as runs
-from cluster.plan import make_plan
+from cluster.plan import Plan, make_plan
 from cluster.run import run_study
 from cluster.store import Store
-from cluster.study import load_study
+from cluster.study import Study, load_study
 from gr.errors import UserError
 from gr.files import write_json
 
@@ -25,7 +27,7 @@ DRIVER = """
 import sys
 from pathlib import Path
 from cluster import run as runs
-from cluster.study import load_study
+from cluster.study import Study, load_study
 from gr.errors import UserError
 runs._report = lambda store, plan: print("report written")
 try:
@@ -190,6 +192,36 @@ def test_a_wrong_ray_address_is_named(study_file: Path, tmp_path: Path, monkeypa
         run_study(load_study(study_file), tmp_path / "out", module="fakejobs")
 
 
+LISTENING = """
+import logging, os, sys
+import psutil
+os.environ["RAY_ADDRESS"] = "192.0.2.1:1"  # somebody else's cluster: without --ray it is not ours to join
+from cluster import run as runs
+def look(*_):
+    for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
+        for c in process.net_connections("inet"):
+            if c.status == psutil.CONN_LISTEN:
+                print(c.laddr.ip)
+    return runs.os.nice(0)
+runs._tune, runs.check_room = look, lambda *_: None
+class Store:
+    def done(self, node): return True
+    def end_groups(self, plan): pass
+class Plan:
+    nodes = {}
+from cluster.store import Stop
+runs._with_ray(Plan(), Store(), None, "jobs", Stop())
+"""
+
+
+def test_a_ray_of_our_own_listens_on_loopback_only_and_joins_no_strangers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+    done = subprocess.run([sys.executable, "-c", LISTENING], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    heard = set(done.stdout.split())
+    assert heard and all(ip in ("::1", "::ffff:127.0.0.1") or ip.startswith("127.") for ip in heard), heard
+
+
 def test_failures_tell_what_failed_from_what_did_not_run(study_file: Path, tmp_path: Path) -> None:
     plan, store = make_plan(load_study(study_file)), Store(tmp_path / "out")
     assert {(f.reason, f.ran) for f in runs.failures(store, plan)} == {
@@ -211,13 +243,51 @@ def test_what_a_kill_left_half_written_is_swept(study_file: Path, tmp_path: Path
     half = store.artifact(nodes["encode"]).with_name(f".{nodes['encode'].id}.x7_ab")
     elsewhere = store.artifact(nodes["quantize"]).with_name(f".{nodes['quantize'].id}.x7_ab")
     whole, notes = store.artifact(nodes["plant"]), store.artifact(nodes["encode"]).with_name(".notes.d")
-    for folder in (half, elsewhere, whole, notes):
+    damaged = store.artifact(nodes["prepare"])
+    for folder in (half, elsewhere, whole, notes, damaged):
         folder.mkdir(parents=True)
         (folder / "file").touch()
+    write_json(whole / "artifact.json", {"files": {"file": "00"}})
+    write_json(damaged / "artifact.json", {"files": {"another": "00"}})
     store.work(nodes["quantize"]).mkdir()
     write_json(store.work(nodes["quantize"]) / "process.json", {"pid": 1, "host": "elsewhere", "started": 0})
     row = store.folder / "metrics" / ".x.parquet.77"
     row.touch()
     monkeypatch.setattr(runs, "_run", lambda *_: [path.exists() for path in (half, row)] == [True, True])
     assert run_study(loaded, store.folder) == 1  # not interrupted: both were gone before the work began
-    assert not half.exists() and not row.exists() and elsewhere.is_dir() and (whole / "file").is_file() and notes.is_dir()
+    assert (
+        not half.exists()
+        and not row.exists()
+        and not damaged.exists()
+        and elsewhere.is_dir()
+        and (whole / "file").is_file()
+        and notes.is_dir()
+    )
+
+
+def test_who_asks_whether_a_study_runs_keeps_nobody_out(tmp_path: Path) -> None:
+    store = Store(tmp_path / "out")
+    with store.lock():
+        assert store.locked()
+        with pytest.raises(UserError, match="another `grscale run` works here"), Store(tmp_path / "out").lock():
+            pass
+    with (tmp_path / "out" / ".lock").open() as asking:
+        fcntl.flock(asking, fcntl.LOCK_SH)
+        assert not store.locked()
+
+
+def test_the_studys_copy_means_the_same_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "model").mkdir()
+    monkeypatch.chdir(tmp_path)
+    raw = {
+        "study": "x",
+        "datasets": {"a": {"path": "data"}, "b": {"planted": {}}},
+        "sid": {"encoders": {"near": {"model": "model"}, "hub": {"model": "org/name"}}},
+        "llm": {"ladder": [{"name": "m", "model": "model"}, {"name": "fresh"}]},
+    }
+    store, study_plan = Store(tmp_path / "out"), Plan(Study(study="x", datasets={"a": {"planted": {}}}))
+    store.prepare(study_plan, raw)
+    copy = yaml.safe_load((tmp_path / "out" / "study.yaml").read_text())
+    assert copy["datasets"] == {"a": {"path": str(tmp_path / "data")}, "b": {"planted": {}}}
+    assert copy["sid"]["encoders"] == {"near": {"model": str(tmp_path / "model")}, "hub": {"model": "org/name"}}
+    assert copy["llm"]["ladder"][0]["model"] == str(tmp_path / "model")

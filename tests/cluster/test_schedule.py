@@ -104,6 +104,20 @@ def test_deleting_an_artifact_rebuilds_only_it(plan: Plan, store: Store) -> None
         assert run_all(plan, store) == [node.key]
 
 
+@pytest.mark.parametrize("damage", ["manifest", "file"])
+def test_a_damaged_artifact_is_rebuilt(plan: Plan, store: Store, damage: str) -> None:
+    run_all(plan, store)
+    node = next(node for node in plan.nodes.values() if node.stage == "train_sid")
+    manifest = store.artifact(node) / "artifact.json"
+    if damage == "manifest":
+        manifest.write_text(manifest.read_text()[:40])
+    else:
+        manifest.write_text(manifest.read_text().replace('"files": {}', '"files": {"model.safetensors": "00"}'))
+    assert not store.done(node) and store.state(node) == "waiting"
+    store.sweep(plan)
+    assert run_all(plan, store) == [node.key]
+
+
 def test_a_seed_more_runs_only_that(plan: Plan, store: Store, study_file: Path) -> None:
     run_all(plan, store)
     more = make_plan(load_study(study_file, ["seeds=[0, 1, 5]"]))

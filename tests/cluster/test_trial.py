@@ -12,7 +12,7 @@ import psutil
 import pytest
 import yaml
 
-from cluster.trial import Group, command, environment
+from cluster.trial import Group, command, environment, last_words
 
 
 def write_run(folder: Path, stage: str, config: dict[str, Any], processes: int = 1) -> Path:
@@ -55,6 +55,15 @@ def test_a_program_that_does_not_load_is_told_by_its_last_words(tmp_path: Path) 
     group = Group(write_run(tmp_path, "quantize", {}), "nojobs", 0)
     assert "No module named" in str(group.reason())
     assert "No module named" in json.loads((tmp_path / "work" / "failure.json").read_text())["reason"]
+
+
+def test_last_words_are_words(tmp_path: Path) -> None:
+    """torch's launcher ends with a rule, after the error that one of its ranks told."""
+    log = tmp_path / "log.txt"
+    log.write_text("--- first try\nerror: of the first try\n\n--- second try\nTraceback\nboom\n  error: no room\nFAILED\n=====\n")
+    assert last_words(log) == "no room"
+    log.write_text("--- a try\nImportError: no such thing\n=======\n")
+    assert last_words(log) == "ImportError: no such thing"
 
 
 def running(group: Group) -> None:

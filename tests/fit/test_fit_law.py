@@ -211,7 +211,8 @@ def test_bootstrap_by_seeds_rows_and_residuals():
 
 
 def test_the_seed_bootstrap_has_the_variance_of_the_replicates():
-    """For the log-linear law the draws' slope has the textbook variance s^2/Sxx; uncorrected it would be 2/3 of it."""
+    """For the log-linear law the draws' slope has the textbook variance s^2/Sxx, s^2 pooled over the sizes; uncorrected it would
+    be 2/3 of it."""
     rng = np.random.default_rng(5)
     N, seed = np.repeat(LADDER, 3), np.tile([0, 1, 2], 10)
     R = 0.04 + 0.004 * np.log2(N / 3e5) + 0.001 * rng.normal(size=30)
@@ -219,8 +220,8 @@ def test_the_seed_bootstrap_has_the_variance_of_the_replicates():
         {"N": N, "R": R, "seed": seed}, "log-linear", {"N": "N", "R": "R"}, loss="least-squares", bootstrap=1500
     ).draws
     x = np.log2(N) - np.log2(N).mean()
-    pooled = np.mean([np.var(R[size == N], ddof=1) * np.sum(x[size == N] ** 2) for size in LADDER]) * 10
-    assert np.var(draws[:, 1]) == pytest.approx(pooled / np.sum(x**2) ** 2, rel=0.12)
+    pooled = np.mean([np.var(R[size == N], ddof=1) for size in LADDER])
+    assert np.var(draws[:, 1]) == pytest.approx(pooled / np.sum(x**2), rel=0.12)
 
 
 def test_few_replicates_widen_the_interval_as_students_t_does():
@@ -321,6 +322,21 @@ def test_requests_that_make_no_sense(kwargs, message):
     with pytest.raises(FitError) as error:
         fit_law({"N": [1e6, 3e6, 1e7, 1e8], "R": [0.1, 0.12, 0.13, 0.135]}, **request)
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("law", ["power", "power-floor", "chinchilla"])
+@pytest.mark.parametrize("loss", ["least-squares", "huber"])
+def test_a_law_without_negative_values_refuses_them(law, loss):
+    table = {"N": LADDER, "D": LADDER[::-1] ** 0.9, "L": -np.arange(1.0, 11.0)}
+    columns = {"N": "N", "L": "L"} | ({"D": "D"} if law == "chinchilla" else {})
+    with pytest.raises(FitError, match=r"column 'L', row 1: -1; law .* has no values below zero"):
+        fit_law(table, law, columns, loss=loss)
+
+
+def test_a_column_named_twice_is_refused(tmp_path):
+    (tmp_path / "twice.csv").write_text("N,R,R\n1,2,3\n2,3,4\n4,4,5\n")
+    with pytest.raises(FitError, match="column 'R' is there 2 times"):
+        fit_law(tmp_path / "twice.csv", "log-linear", {"N": "N", "R": "R"})
 
 
 def test_percentages_are_noticed():
