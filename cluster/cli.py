@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -108,6 +109,7 @@ def report(args: argparse.Namespace) -> int:
 def data(args: argparse.Namespace) -> int:
     from gr.data import importer
 
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that what is half-written is removed
     manifest = importer.run(args)
     counts = ", ".join(f"{value:,} {name}" for name, value in manifest["counts"].items())
     repairs = ", ".join(f"{value:,} {name.replace('_', ' ')}" for name, value in manifest["repairs"].items() if value)

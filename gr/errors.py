@@ -1,4 +1,4 @@
-"""The one exception that stands for a mistake of the user's."""
+"""The one exception that stands for a mistake of the user's, and words for those of libraries."""
 
 
 class UserError(Exception):
@@ -6,3 +6,8 @@ class UserError(Exception):
 
     Programs print it without a traceback and exit with code 2.
     """
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of a library says, cut to one line; its type's name where it says nothing."""
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -5,8 +5,10 @@ import time
 import numpy as np
 
 from gr.baselines import fit_baseline
+from gr.data.dataset import Dataset
 from gr.data.planted import Oracle, bayes_recall
 from gr.data.split import Split
+from gr.errors import UserError
 from gr.metrics import TOP_K
 from jobs.config import BaselineConfig
 from jobs.evaluation import evaluate
@@ -19,7 +21,10 @@ def body(context: Context[BaselineConfig]) -> None:
     split = Split(context.input("split"))
     began = time.monotonic()
     if config.method == "bayes-optimal":
-        oracle = Oracle.load(dataset_folder(context.input("dataset")))
+        folder = dataset_folder(context.input("dataset"))
+        if Dataset(folder).fingerprint != split.manifest["dataset"]["fingerprint"]:
+            raise UserError(f"run.yaml: inputs.dataset: {folder} is not the data set that inputs.split was made from; name that")
+        oracle = Oracle.load(folder)
         rank = oracle.rank
         users = list(split.evaluation_users(config.which, limit=config.users))
         best = bayes_recall(oracle, [u.history for u in users], np.array([u.target for u in users]))

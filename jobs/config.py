@@ -45,7 +45,7 @@ Processes = Annotated[Positive, AfterValidator(_processes)]
 class Config(BaseModel):
     """Immutable, and an unknown key is an error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class Optimizer(Config):
@@ -222,6 +222,24 @@ STAGES: dict[str, type[Config]] = {
 
 INTERFACE: dict[str, int] = dict.fromkeys(STAGES, 1)
 """Version of each stage's code interface: raised when its result changes for the same configuration."""
+
+PARALLEL = frozenset({"train_sid", "pretrain_llm", "train_llm"})
+"""The stages that several processes can share. Every process of another would do and write the same, and a text encoder contrasts
+the items of a whole batch, so that shares of it would be another objective."""
+
+INPUTS: dict[str, dict[str, str]] = {
+    "prepare": {"dataset": "plant"},
+    "train_encoder": {"split": "prepare"},
+    "encode": {"split": "prepare", "encoder": "train_encoder"},
+    "quantize": {"embeddings": "encode"},
+    "train_sid": {"split": "prepare", "sids": "quantize"},
+    "evaluate_sid": {"split": "prepare", "sids": "quantize", "model": "train_sid"},
+    "pretrain_llm": {"split": "prepare"},
+    "train_llm": {"split": "prepare", "backbone": "pretrain_llm"},
+    "evaluate_llm": {"split": "prepare", "backbone": "pretrain_llm", "model": "train_llm"},
+    "baseline": {"split": "prepare", "dataset": "plant"},
+}
+"""Stage -> its inputs, and the stage whose artifact each one is; what no stage made, such as a user's own data set, has none."""
 
 
 class Run(Config):

@@ -6,7 +6,7 @@ import torch
 
 from gr.data.split import Split
 from gr.errors import UserError
-from gr.sid.encoder import encode_texts, load_encoder
+from gr.sid.encoder import encode_texts, load_encoder, most_tokens
 from gr.text import item_texts
 from jobs.config import EncodeConfig
 from jobs.runtime import Context, main
@@ -18,12 +18,10 @@ def body(context: Context[EncodeConfig]) -> None:
     fresh = "encoder" in context.run.inputs
     if fresh == (config.model is not None):
         raise UserError("run.yaml: an encoder is either inputs.encoder or config.model; give one of them")
-    model, tokenizer = load_encoder(str(context.input("encoder")) if fresh else str(config.model))
+    model, tokenizer = load_encoder(str(context.input("encoder")) if fresh else context.model(str(config.model)))
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     texts = item_texts(Split(context.input("split")).items())
-    # A tokenizer knows how many tokens its model can take; where it does not, it says an absurdly large number.
-    limit = min(config.max_tokens, tokenizer.model_max_length)
-    vectors = encode_texts(model, tokenizer, texts, limit, config.batch)
+    vectors = encode_texts(model, tokenizer, texts, min(config.max_tokens, most_tokens(model, tokenizer)), config.batch)
     flat = pa.array(vectors.ravel(), pa.float32())
     table = pa.table(
         {

@@ -23,7 +23,7 @@ def body(context: Context[EvaluateLlmConfig]) -> None:
     torch.set_num_threads(context.run.launch.threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     split = Split(context.input("split"))
-    trained = TrainLlmConfig.model_validate(context.input_config("model"))
+    trained = TrainLlmConfig.model_validate(context.trained_config())
     backbone, tokenizer = load_backbone(backbone_source(context, trained.model), trained.max_tokens)
     model = merged(backbone, context.input("model")).eval().to(device)
     titles = Titles.build(split.items(), tokenizer, frame_of(tokenizer), trained.shared_titles, training_popularity(split))

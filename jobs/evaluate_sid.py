@@ -3,12 +3,11 @@
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers import T5ForConditionalGeneration
 
 from gr.beam import beam_search
 from gr.data.split import Split
 from gr.sid.decode import T5Stepper
-from gr.sid.recommender import SidBatcher, t5_flops
+from gr.sid.recommender import SidBatcher, load_t5, t5_flops
 from gr.sid.sids import SidTable
 from gr.trie import Trie
 from jobs.config import EvaluateSidConfig, TrainSidConfig
@@ -21,9 +20,9 @@ def body(context: Context[EvaluateSidConfig]) -> None:
     torch.set_num_threads(context.run.launch.threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     split = Split(context.input("split"))
-    sids = SidTable.read(context.input("sids") / "sids.parquet")
-    model = T5ForConditionalGeneration.from_pretrained(context.input("model")).eval().to(device)
-    trained = TrainSidConfig.model_validate(context.input_config("model"))
+    sids = SidTable.read(context.input_file("sids", "sids.parquet"))
+    trained = TrainSidConfig.model_validate(context.trained_config())
+    model = load_t5(context.input("model")).eval().to(device)
     batcher = SidBatcher(sids, trained.max_history)
     trie = Trie.build(sids.tokens.tolist()).to(device)
     digits = sids.tokens.shape[1]

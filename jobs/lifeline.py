@@ -16,5 +16,8 @@ def die_with_parent() -> None:
 
 
 def launched() -> bool:
-    """Whether a study's trial or accelerate's launcher started this process; one that a person started may outlive the shell."""
-    return "WORLD_SIZE" in os.environ or "GRSCALE_TRIAL" in os.environ
+    """Whether a study's trial or accelerate's launcher started this process; one that a person started may outlive the shell.
+
+    For one process accelerate's launcher sets no WORLD_SIZE; ACCELERATE_MIXED_PRECISION it always sets.
+    """
+    return any(name in os.environ for name in ("WORLD_SIZE", "ACCELERATE_MIXED_PRECISION", "GRSCALE_TRIAL"))

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from gr.data.split import Split
+from gr.data.split import STREAMS, Split
 from gr.llm.backbone import NextTitle, count, fresh_backbone, train_flops
 from gr.llm.documents import Walks
 from gr.llm.sequences import Batch, Packed, micro_batches, pack
@@ -31,9 +31,7 @@ def body(context: Context[PretrainLlmConfig]) -> None:
     model = NextTitle(lm, trie.trie if config.normalize == "catalogue" else None)
     counts = count(model.lm)
     walks = Walks(items)
-    # So many titles fit a document on average; at least eight documents make a batch, whatever the number of processes.
-    length = max(2, min(int((config.max_tokens - 1) / titles.lengths.mean()), optimizer.global_batch // 8))
-    documents = -(-optimizer.global_batch // length)
+    documents, length = shape(optimizer.global_batch, config.max_tokens, float(titles.lengths.mean()))
 
     def sample(purpose: int, step: int) -> list[Packed]:
         runs = walks.sample(np.random.default_rng((config.seed, purpose, step)), documents, length)
@@ -76,6 +74,13 @@ def body(context: Context[PretrainLlmConfig]) -> None:
     if context.is_main:
         model.lm.save_pretrained(context.out)
         tokenizer.save_pretrained(context.out)
+
+
+def shape(global_batch: int, max_tokens: int, mean_tokens: float) -> tuple[int, int]:
+    """(documents, titles of each) of a batch of ``global_batch`` titles: as many as fit ``max_tokens`` on average, and no fewer
+    documents than there may be processes."""
+    length = max(2, min(int((max_tokens - 1) / mean_tokens), global_batch // STREAMS))
+    return max(STREAMS, -(-global_batch // length)), length
 
 
 def mean_loss(module: torch.nn.Module, validation: list[Batch], device: torch.device) -> float:

@@ -14,7 +14,7 @@ from jobs.runtime import Context, RunFailed, main
 def body(context: Context[QuantizeConfig]) -> None:
     config = context.config
     torch.set_num_threads(context.run.launch.threads)
-    column = pq.read_table(context.input("embeddings") / "embeddings.parquet")["embedding"].combine_chunks()
+    column = pq.read_table(context.input_file("embeddings", "embeddings.parquet"))["embedding"].combine_chunks()
     vectors = np.asarray(column.flatten()).reshape(len(column), -1)
     x = standardize(torch.from_numpy(vectors.copy()))
     result = _quantize(context, x)

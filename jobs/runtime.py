@@ -3,8 +3,10 @@
 No torch is imported here, so that a stage without it starts in a moment.
 """
 
+import fcntl
 import json
 import os
+import platform
 import resource
 import shutil
 import signal
@@ -13,17 +15,19 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Generic, NoReturn, TypeVar
+from typing import Any, Generic, NoReturn, TextIO, TypeVar
 
 import yaml
 from pydantic import ValidationError
 
 from gr.errors import UserError
-from gr.files import whole_folder, write_json
+from gr.files import read_object, whole_folder, write_json
 from jobs.artifact import read_manifest, write_manifest
-from jobs.config import STAGES, Config, Run
+from jobs.config import INPUTS, PARALLEL, STAGES, Config, Run
 
 C = TypeVar("C", bound=Config)
+LOCK_SECONDS = 3.0
+"""How long a work folder may stay another process's: one that was just killed needs a moment to be gone."""
 
 
 class RunFailed(Exception):  # noqa: N818 -- what it says happened
@@ -47,20 +51,42 @@ class Context(Generic[C]):
         return self.rank == 0
 
     def input(self, name: str) -> Path:
-        """The folder of an input; UserError when the run has none of that name or the folder is not there."""
+        """The folder of an input; UserError when the run has none of that name, it is not there, or another stage made it."""
         if name not in self.run.inputs:
             raise UserError(f"run.yaml: inputs.{name} is missing; stage {self.run.stage} needs it")
         folder = self.base / self.run.inputs[name]
         if not folder.is_dir():
             raise UserError(f"run.yaml: inputs.{name}: {folder} is not there; its stage has not finished")
+        manifest, maker = read_manifest(folder), INPUTS[self.run.stage][name]
+        if manifest is not None and manifest["stage"] != maker:
+            raise UserError(f"run.yaml: inputs.{name}: {folder} is of stage {manifest['stage']}; it has to be one of {maker}")
         return folder
 
-    def input_config(self, name: str) -> dict[str, Any]:
-        """The configuration that the stage behind an input ran with; UserError for a folder that no stage made."""
-        manifest = read_manifest(self.input(name))
+    def input_file(self, name: str, file: str) -> Path:
+        """A file of an input; UserError where the folder lacks it."""
+        path = self.input(name) / file
+        if not path.is_file():
+            raise UserError(f"run.yaml: inputs.{name}: {path.parent} has no {file}; {INPUTS[self.run.stage][name]} writes one")
+        return path
+
+    def trained_config(self) -> dict[str, Any]:
+        """The configuration that the input ``model`` was trained with.
+
+        UserError for a folder that no stage made, and where an input that this run shares with the training is another one.
+        """
+        folder = self.input("model")
+        manifest = read_manifest(folder)
         if manifest is None:
-            raise UserError(f"run.yaml: inputs.{name}: {self.input(name)} is no artifact of a stage (no artifact.json)")
+            raise UserError(f"run.yaml: inputs.model: {folder} is no artifact of a stage (no artifact.json)")
+        for name, mine in self.signature()["inputs"].items():
+            if (its := manifest["inputs"].get(name, mine)) != mine:
+                raise UserError(f"run.yaml: inputs.{name} is {mine}, but inputs.model was trained with {its}; give it that one")
         return dict(manifest["config"])
+
+    def model(self, name: str) -> str:
+        """A model of `config`: a folder is relative to that of run.yaml, as all paths are; anything else is a hub's name."""
+        folder = self.base / Path(name).expanduser()
+        return str(folder) if folder.is_dir() else name
 
     def signature(self) -> dict[str, Any]:
         """What makes the result: configuration, inputs' identities, number of processes."""
@@ -102,35 +128,31 @@ def read_run(path: Path) -> Run:
     if not path.is_file():
         raise UserError(f"{path}: no such file; usage: python -m jobs.<stage> run.yaml")
     try:
-        return Run.model_validate(yaml.safe_load(path.read_text()))
-    except (yaml.YAMLError, ValidationError) as error:
+        return Run.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, ValidationError) as error:
         raise UserError(f"{path}: {_one_line(error)}") from None
 
 
 def main(stage: str, body: Callable[[Context[Any]], None]) -> NoReturn:
     """Runs ``body`` for the run.yaml named on the command line, and exits: 0 done, 2 the user's mistake, 1 failed."""
-    work: Path | None = None
+    work: Path | None = None  # known once it is this process's own to write in
     try:
         if len(sys.argv) != 2:
             raise UserError(f"usage: python -m jobs.{stage} run.yaml")
         path = Path(sys.argv[1]).resolve()
-        run = read_run(path)
-        if run.stage != stage:
-            raise UserError(f"{path}: stage is {run.stage!r}; this is jobs.{stage}")
-        _check_processes(run, path)
-        try:
-            config = STAGES[stage].model_validate(run.config)
-        except ValidationError as error:
-            raise UserError(f"{path}: config: {_one_line(error)}") from None
-        context = Context(run, config, path.parent)
-        work = context.work
-        work.mkdir(parents=True, exist_ok=True)
+        context = _read_context(stage, path)
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that what is half-written is removed
+        if context.is_main:
+            lock = _lock(context)  # noqa: F841 -- held as long as the process lives
+            work = context.work
+            _sweep(context)
         finished = read_manifest(context.out)
         if finished is None:
             _run_body(context, body)
         elif difference := context.differs(finished):
             raise UserError(f"{path}: {context.out} holds the result of another run ({difference}); name another folder in out")
+        if context.is_main:
+            (context.work / "failure.json").unlink(missing_ok=True)
     except UserError as error:
         _fail(work, str(error), 2)
     except RunFailed as error:
@@ -142,15 +164,76 @@ def main(stage: str, body: Callable[[Context[Any]], None]) -> NoReturn:
     sys.exit(0)
 
 
+def _read_context(stage: str, path: Path) -> Context[Any]:
+    """What the run.yaml says, checked as far as it can be without writing anything."""
+    run = read_run(path)
+    if run.stage != stage:
+        raise UserError(f"{path}: stage is {run.stage!r}; this is jobs.{stage}")
+    if run.launch.processes > 1 and stage not in PARALLEL:
+        raise UserError(f"{path}: launch.processes is {run.launch.processes}; stage {stage} is done by one process")
+    _check_processes(run, path)
+    try:
+        config = STAGES[stage].model_validate(run.config)
+    except ValidationError as error:
+        raise UserError(f"{path}: config: {_one_line(error)}") from None
+    context: Context[Any] = Context(run, config, path.parent)
+    for kept, words in ((context.base, "run.yaml itself"), (context.work, "work")):
+        if kept.resolve().is_relative_to(context.out.resolve()):
+            raise UserError(f"{path}: out: {context.out} would hold {words}; the artifact needs a folder of its own")
+    return context
+
+
+def _lock(context: Context[Any]) -> TextIO:
+    """Makes the folders to write in and takes the lock of ``work``, which the kernel frees however this process ends.
+
+    UserError when another process holds it, or a folder can't be written in.
+    """
+    for name, folder in (("work", context.work), ("out", context.out.parent)):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"run.yaml: {name}: {folder} can't be made ({error.strerror}); name another folder") from None
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise UserError(f"run.yaml: {name}: {folder} can't be written in; name another folder")
+    file = (context.work / ".lock").open("a+")
+    until = time.monotonic() + LOCK_SECONDS
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            if time.monotonic() > until:
+                file.seek(0)
+                other = file.read() or "another process"
+                raise UserError(f"{context.work}: {other} works here; wait for it or stop it") from None
+            time.sleep(0.05)
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {platform.node()}")
+    file.flush()
+    return file
+
+
+def _sweep(context: Context[Any]) -> None:
+    """Removes the folder aside that a killed run of the same work folder left; `_run_body` noted its name."""
+    note = context.work / ".aside"
+    if note.is_file():
+        name = note.read_text()
+        if name.startswith(f".{context.out.name}."):
+            shutil.rmtree(context.out.with_name(name), ignore_errors=True)
+        note.unlink()
+
+
 def _run_body(context: Context[Any], body: Callable[[Context[Any]], None]) -> None:
     started = time.time()
-    if context.is_main:
-        (context.work / "failure.json").unlink(missing_ok=True)
     if not context.is_main:
         body(context)  # only the first process writes: the others compute beside it
         return
-    final = context.out
+    (context.work / "failure.json").unlink(missing_ok=True)
+    final, note = context.out, context.work / ".aside"
+    if os.path.lexists(final) and not (final.is_dir() and not any(final.iterdir())):
+        raise UserError(f"run.yaml: out: {final} is there and no finished artifact; name another folder, or remove that one")
     with whole_folder(final) as aside:
+        note.write_text(aside.name)
         context.out = aside
         body(context)
         run = context.run
@@ -164,12 +247,18 @@ def _run_body(context: Context[Any], body: Callable[[Context[Any]], None]) -> No
             started=started,
             facts=context.facts,
         )
+    note.unlink()
     shutil.rmtree(context.work / "checkpoint", ignore_errors=True)  # the artifact is in place: nothing reads them any more
 
 
 def _identity(folder: Path) -> str:
+    """Of an artifact its id; of a dataset folder from outside, which may be imported again, what is in it; else the path."""
     manifest = read_manifest(folder)
-    return str(manifest["id"]) if manifest else str(folder)
+    if manifest:
+        return str(manifest["id"])
+    outside = folder / "manifest.json"
+    fingerprint = read_object(outside).get("fingerprint") if outside.is_file() else None
+    return f"dataset:{fingerprint}" if fingerprint else str(folder)
 
 
 def _check_processes(run: Run, path: Path) -> None:

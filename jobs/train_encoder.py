@@ -4,7 +4,6 @@ import torch
 
 from gr.count import count_parameters
 from gr.data.split import Split
-from gr.errors import UserError
 from gr.sid.encoder import TextViews, contrastive_loss, fresh_encoder
 from gr.text import item_texts, train_tokenizer
 from jobs.config import TrainEncoderConfig
@@ -16,8 +15,6 @@ VALIDATION_BATCH = 10**9  # a step no training reaches: its views are those of v
 
 def body(context: Context[TrainEncoderConfig]) -> None:
     config, optimizer = context.config, context.config.optimizer
-    if context.run.launch.processes > 1:  # each process would contrast its own items only, another objective
-        raise UserError(f"launch.processes is {context.run.launch.processes}; the encoder is trained by one process")
     accelerator = accelerator_for(context, optimizer.precision)
     texts = item_texts(Split(context.input("split")).items())
     tokenizer = train_tokenizer(texts, config.vocab)

@@ -25,7 +25,7 @@ def backbone_source(context: Context[Any], model: str | None) -> str:
     """The hub name or folder of the backbone: the config's ``model``, or the artifact of `pretrain_llm`."""
     if model is not None and "backbone" in context.run.inputs:
         raise UserError("run.yaml: the backbone is given twice, as config.model and as inputs.backbone")
-    return str(context.input("backbone")) if model is None else model
+    return str(context.input("backbone")) if model is None else context.model(model)
 
 
 def body(context: Context[TrainLlmConfig]) -> None:

@@ -20,7 +20,7 @@ def body(context: Context[TrainSidConfig]) -> None:
     config, optimizer = context.config, context.config.optimizer
     accelerator = accelerator_for(context, optimizer.precision)
     split = Split(context.input("split"))
-    sids = SidTable.read(context.input("sids") / "sids.parquet")
+    sids = SidTable.read(context.input_file("sids", "sids.parquet"))
     torch.manual_seed(config.seed)
     model = t5(sids.vocab, **config.size.model_dump(), dropout=config.dropout)
     total, non_embedding = count_parameters(model)

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import Tensor, nn
 
 from gr.errors import UserError
@@ -63,12 +63,17 @@ def accelerator_for(context: Context[Any], precision: str) -> Accelerator:
     """The accelerator of this process, checked against what the run asked for."""
     torch.set_num_threads(context.run.launch.threads)
     use_cuda = torch.cuda.is_available()
+    # DDP orders its buckets anew after a process's first step, and what three or more processes sum up depends on the order, so a
+    # resumed run would not end bitwise like an undisturbed one. Where that is promised, on CPU, the search for unused weights
+    # keeps it from doing so.
+    group = [
+        InitProcessGroupKwargs(backend="nccl" if use_cuda else "gloo"),
+        DistributedDataParallelKwargs(find_unused_parameters=not use_cuda),
+    ]
     accelerator = Accelerator(
         cpu=not use_cuda,
         mixed_precision="bf16" if precision == "bf16" else "no",
-        kwargs_handlers=[InitProcessGroupKwargs(backend="nccl" if use_cuda else "gloo")]
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1
-        else [],
+        kwargs_handlers=group if int(os.environ.get("WORLD_SIZE", "1")) > 1 else [],
     )
     if accelerator.num_processes != context.run.launch.processes:
         raise UserError(

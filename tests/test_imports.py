@@ -46,6 +46,7 @@ def test_what_answers_quickly_loads_nothing_heavy(module: str) -> None:
 
 
 def test_fit_needs_nothing_of_the_rest() -> None:
-    code = "import sys, fit.cli, fit.fitting, fit.paired, fit.verdict; print(*sorted({'gr', 'jobs', 'cluster', 'pydantic', 'yaml'} & set(sys.modules)))"
+    code = "import sys, fit.cli, fit.fitting, fit.formula, fit.paired, fit.verdict; "
+    code += "print(*sorted({'gr', 'jobs', 'cluster', 'pydantic', 'yaml'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert done.stdout.strip() == ""

@@ -22,7 +22,7 @@ def parse_line(line: bytes) -> Any:
         if line.lstrip().startswith((b"{'", b'{"', b"{u'")):
             try:
                 return ast.literal_eval(line.decode())
-            except (ValueError, SyntaxError):
+            except (ValueError, SyntaxError, TypeError):  # TypeError: a list as a key
                 raise error from None
         raise
 

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from gr.errors import UserError
-from gr.files import read_json, sha256, whole_folder, write_json
+from gr.files import check_file, read_object, sha256, whole_folder, write_json
 
 SCHEMA_VERSION = 1
 SHARD_USERS = 4096
@@ -51,7 +51,7 @@ class Dataset:
         manifest = path / "manifest.json"
         if not manifest.is_file():
             raise UserError(f"{path}: not a dataset folder (no manifest.json); `grscale data` makes one")
-        self.manifest: dict[str, Any] = read_json(manifest)
+        self.manifest = read_object(manifest)
         if self.manifest.get("schema") != SCHEMA_VERSION or "items" not in self.manifest:
             raise UserError(f"{manifest}: schema {self.manifest.get('schema')!r}, this version reads {SCHEMA_VERSION}")
 
@@ -66,11 +66,7 @@ class Dataset:
     def verify(self) -> None:
         """Reads every file and compares its checksum with the manifest's; UserError names the first that differs."""
         for entry in [self.manifest["items"], *self.manifest["shards"]]:
-            file = self.path / entry["file"]
-            if not file.is_file():
-                raise UserError(f"{file}: missing; the manifest lists it")
-            if sha256(file) != entry["sha256"]:
-                raise UserError(f"{file}: damaged (its checksum is not the manifest's)")
+            check_file(self.path, entry)
 
     def items(self) -> pa.Table:
         """The catalogue, row i being item i."""

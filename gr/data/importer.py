@@ -7,12 +7,13 @@ from typing import Any
 
 from gr.data.amazon import read_amazon
 from gr.data.clean import Sequences, clean
-from gr.data.dataset import DatasetWriter, User
+from gr.data.dataset import Dataset, DatasetWriter, User
 from gr.data.movielens import read_movielens
+from gr.data.planted import WORLD_FILE
 from gr.data.readers import UNKNOWN_TIME, Source, read_jsonl
 from gr.data.tables import COLUMNS, read_table
 from gr.errors import UserError
-from gr.files import read_json, sha256
+from gr.files import read_object, sha256, usable
 
 FORMATS = ("jsonl", "amazon", "movielens", "table")
 
@@ -34,7 +35,8 @@ def import_dataset(
     A fault in the input is a UserError and leaves ``out`` as it was.
     """
     paths = [Path(path) for path in paths]
-    _check_out(out)
+    with usable(out):
+        _check_out(out)
     source = _read(format, paths, columns)
     sequences = clean(source, k_core=k_core, min_user_items=min_user_items)
     origin = {
@@ -46,8 +48,7 @@ def import_dataset(
     with DatasetWriter(out, name or out.resolve().name, origin, sequences.items, sequences.repairs) as writer:
         for user in _users(sequences):
             writer.add(user)
-    manifest: dict[str, Any] = read_json(out / "manifest.json")
-    return manifest
+    return read_object(out / "manifest.json")
 
 
 def _read(format: str, paths: Sequence[Path], columns: Mapping[str, str] | None) -> Source:
@@ -79,9 +80,21 @@ def _check_out(out: Path) -> None:
         return
     if not out.is_dir():
         raise UserError(f"{out}: is a file; give --out a folder")
-    manifest = out / "manifest.json"
-    if any(out.iterdir()) and not (manifest.is_file() and (out / "items.parquet").is_file()):
-        raise UserError(f"{out}: holds something else than a dataset; give --out a new folder")
+    if out.samefile("."):
+        raise UserError(f"{out}: is the current folder, which would be replaced; give --out another")
+    others = sorted({path.name for path in out.iterdir()} - _dataset_files(out))
+    if others:
+        raise UserError(f"{out}: holds something else than a dataset ({others[0]}); give --out a new folder")
+
+
+def _dataset_files(out: Path) -> set[str]:
+    """The names of the files that a dataset folder may hold; none where ``out`` is no dataset's, but say a split's."""
+    try:
+        manifest = Dataset(out).manifest
+        listed = {str(entry["file"]) for entry in (manifest["items"], *manifest["shards"])}
+    except (UserError, KeyError, TypeError):
+        return set()
+    return set() if "protocol" in manifest else {"manifest.json", WORLD_FILE} | listed
 
 
 def _check_keys(sequences: Sequences) -> None:

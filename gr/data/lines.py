@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from gr.errors import UserError
+from gr.errors import UserError, first_line
 
 GZIP_MAGIC = b"\x1f\x8b"
 
@@ -39,8 +39,7 @@ def read_objects(path: Path, parse: Callable[[bytes], Any] = json.loads) -> Iter
         try:
             value = parse(line)
         except (ValueError, SyntaxError, RecursionError, MemoryError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise UserError(f"{path}:{number}: not a JSON object ({reason}); is the file complete?") from None
+            raise UserError(f"{path}:{number}: not a JSON object ({first_line(error)}); is the file complete?") from None
         if not isinstance(value, dict):
             raise UserError(f"{path}:{number}: expected a JSON object, found {type(value).__name__}")
         yield number, value

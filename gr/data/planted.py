@@ -20,16 +20,16 @@ and times depend on neither latent, so they tell nothing.
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from gr.data.dataset import DatasetWriter, Item, User
+from gr.data.dataset import Dataset, DatasetWriter, Item, User
 from gr.data.planted_titles import MAX_SUBTOPICS, MAX_TOPICS, TITLES_PER_CELL, compose_titles
 from gr.errors import UserError
-from gr.files import read_json, write_json
+from gr.files import read_object, write_json
 from gr.metrics import RECALL_AT, target_ranks
 
 WORLD_FILE = "world.json"
@@ -230,15 +230,21 @@ class Oracle:
 
     @classmethod
     def load(cls, dataset: Path) -> "Oracle":
-        """The oracle of a planted data set folder; UserError if it has no world, or this installation rebuilds another one."""
+        """The oracle of a planted data set folder.
+
+        UserError if it has no world, another one than its manifest names, or this installation draws another catalogue from it.
+        """
         file = dataset / WORLD_FILE
         if not file.is_file():
             raise UserError(
                 f"{dataset}: not a planted data set (no {WORLD_FILE}); only a planted world has a Bayes-optimal recommender"
             )
-        stored: dict[str, Any] = read_json(file)
-        oracle = cls(World.model_validate(stored["world"]))
-        if oracle.catalogue.fingerprint != stored["catalogue"]:
+        stored = read_object(file)
+        world = stored.get("world")
+        if not isinstance(world, dict) or {"format": "planted", **world} != Dataset(dataset).manifest.get("source"):
+            raise UserError(f"{file}: not the world that the manifest beside it names as the source; plant the data again")
+        oracle = cls(World.model_validate(world))
+        if oracle.catalogue.fingerprint != stored.get("catalogue"):
             raise UserError(
                 f"{file}: this version of grscale or numpy draws another catalogue from that seed; plant the data again"
             )

@@ -5,7 +5,7 @@ see what lies, in time, after another user's test item. The temporal protocol do
 Leakage in Recommender System Offline Evaluation").
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from gr.data.dataset import SHARD_USERS, Dataset
-from gr.errors import UserError
-from gr.files import read_json, sha256, write_json
+from gr.errors import UserError, first_line
+from gr.files import check_file, read_object, sha256, write_json
 
 SCHEMA_VERSION = 1
 STREAMS = 8  # shards come in multiples of this, so that 1, 2, 4 or 8 ranks own whole shards
@@ -284,14 +284,15 @@ def _deal(targets: NDArray[np.int64]) -> list[NDArray[np.int64]]:
 
 
 class Split:
-    """A split folder opened for reading; one shard is in memory at a time."""
+    """A split folder opened for reading; one shard is in memory at a time, and checked when it is first read."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         manifest = path / "manifest.json"
         if not manifest.is_file():
             raise UserError(f"{path}: not a split folder (no manifest.json); the stage `prepare` makes one")
-        self.manifest: dict[str, Any] = read_json(manifest)
+        self.manifest = read_object(manifest)
+        self._checked: set[str] = set()
         if self.manifest.get("schema") != SCHEMA_VERSION or "protocol" not in self.manifest:
             raise UserError(f"{manifest}: not the manifest of a split with schema {SCHEMA_VERSION}")
 
@@ -305,7 +306,7 @@ class Split:
 
     def items(self) -> pa.Table:
         """The catalogue, row i being item i: item, key, title, attributes."""
-        return pq.read_table(self.path / "items.parquet")
+        return self._read(self.manifest.get("items", {"file": "items.parquet"}))
 
     def titles(self) -> list[str]:
         """Title of item i at place i, "" where there is none."""
@@ -314,11 +315,17 @@ class Split:
 
     def shard(self, number: int, columns: Sequence[str] | None = None) -> pa.Table:
         """One shard's users; ``columns`` of `SPLIT_SCHEMA`, all by default."""
-        file = self.path / self.manifest["shards"][number]["file"]
+        return self._read(self.manifest["shards"][number], columns)
+
+    def _read(self, entry: Mapping[str, Any], columns: Sequence[str] | None = None) -> pa.Table:
+        file = self.path / entry["file"]
         try:
+            if "sha256" in entry and file.name not in self._checked:
+                check_file(self.path, entry)
+                self._checked.add(file.name)
             return pq.read_table(file, columns=None if columns is None else list(columns))
         except (pa.ArrowException, OSError) as error:
-            raise UserError(f"{file}: cannot be read ({str(error).splitlines()[0]}); prepare the split again") from None
+            raise UserError(f"{file}: cannot be read ({first_line(error)}); prepare the split again") from None
 
     def users(self, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
         """All users, one shard at a time."""
@@ -338,7 +345,8 @@ class Split:
                 wanted &= np.isin(users, chosen)
             for row in np.flatnonzero(wanted):
                 start, at = offsets[row], offsets[row] + place[row]
-                yield EvaluationUser(int(users[row]), items[start:at], int(items[at]))
+                history = items[start:at].copy()  # a view would keep the whole shard in memory
+                yield EvaluationUser(int(users[row]), history, int(items[at]))
 
     def _chosen(self, which: str, limit: int, seed: int) -> NDArray[np.int64]:
         """The ``limit`` users with a target whose numbers hash smallest."""

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
@@ -46,26 +47,52 @@ def fresh_backbone(
 def load_backbone(name_or_path: str | Path, max_tokens: int) -> tuple[Any, Any]:
     """(model, tokenizer) of a hub name or local folder, without any code of theirs; fp32 on CPU, their own type on a GPU.
 
-    UserError when it can't be loaded, or its context is shorter than ``max_tokens``.
+    UserError when it can't be loaded, is no causal LM, lacks weights that would then be random, or its context is shorter than
+    ``max_tokens``.
     """
+    name = f"model {str(name_or_path)!r}"
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
-        model = AutoModelForCausalLM.from_pretrained(
+        model, info = AutoModelForCausalLM.from_pretrained(
             name_or_path,
             trust_remote_code=False,
             attn_implementation="sdpa",
             dtype="auto" if torch.cuda.is_available() else torch.float32,
+            output_loading_info=True,
         )
-    except (OSError, ValueError) as error:
-        raise UserError(f"model {str(name_or_path)!r} can't be loaded as a causal LM: {' '.join(str(error).split())}") from None
-    text = model.config.get_text_config()
-    limits = [getattr(text, "max_position_embeddings", None)]
-    if any("sliding" in kind for kind in getattr(text, "layer_types", None) or []):
-        limits.append(getattr(text, "sliding_window", None))  # decoding makes its own mask, which knows no window
-    context = min((n for n in limits if n), default=max_tokens)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"{name} can't be loaded as a causal LM: {' '.join(str(error).split())}") from None
+    if lacking := sorted(info["missing_keys"]):
+        raise UserError(f"{name} is no whole causal LM: {len(lacking)} weights are missing, such as {lacking[0]}")
+    context = min((n for n in _limits(model.config.get_text_config()) if n), default=max_tokens)
     if max_tokens > context:
         raise UserError(f"config.max_tokens is {max_tokens}; {str(name_or_path)!r} attends to at most {context} tokens")
+    if not is_causal(model):
+        raise UserError(f"{name} is no causal LM: what it predicts depends on the tokens that follow")
     return model, tokenizer
+
+
+def _limits(text: Any) -> list[int | None]:
+    """How many tokens a model has positions for, and how many its layers see; None for no limit."""
+    limits = [getattr(text, "max_position_embeddings", None)]
+    kinds = getattr(text, "layer_types", None) or ["unknown"]
+    if getattr(text, "use_sliding_window", True) is not False and set(kinds) != {"full_attention"}:
+        limits.append(getattr(text, "sliding_window", None))  # decoding makes its own mask, which knows no window
+    return limits
+
+
+@torch.no_grad()
+def is_causal(model: Any) -> bool:
+    """Whether the prediction at a token is the same whatever follows it; tried with two sequences, by a model in eval mode.
+
+    A mask makes it exactly so; what is allowed is the rounding of models whose batches fall out differently, as with experts.
+    """
+    embeddings = model.get_input_embeddings().weight
+    first, one, other = (len(embeddings) * k // 4 for k in (1, 2, 3))
+    tokens = torch.tensor([[first, one], [first, other]], device=embeddings.device)
+    a, b = (model(input_ids=row[None], use_cache=False).logits[0].float() for row in tokens)
+    changed = (a - b).abs().amax(dim=1)
+    return bool(changed[0] <= max(1e-4, 8 * torch.finfo(embeddings.dtype).eps) * changed[1])
 
 
 @dataclass(frozen=True)

@@ -1,19 +1,21 @@
 """LoRA (arXiv 2106.09685) on all linear layers of a backbone's blocks, sized by rank or by share of counted parameters."""
 
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from torch import nn
+from safetensors import SafetensorError
 
 from gr.errors import UserError
 from gr.llm.backbone import count
 
 
 def per_rank(model: Any) -> int:
-    """Adapter parameters per unit of rank: the sum of inputs + outputs over the linear layers but the output layer."""
-    head = model.get_output_embeddings()
-    return sum(m.in_features + m.out_features for m in model.modules() if isinstance(m, nn.Linear) and m is not head)
+    """Adapter parameters per unit of rank, counted on a copy without memory: what peft adapts differs by architecture."""
+    with torch.device("meta"), torch.random.fork_rng(devices=[]):
+        return count_lora(_adapted(type(model)(deepcopy(model.config)), rank=1, alpha=1, dropout=0.0))
 
 
 def rank_for(model: Any, share: float) -> int:
@@ -32,15 +34,19 @@ def add_lora(
         if share is None:
             raise ValueError("either rank or share")
         rank = rank_for(model, share)
+    return _adapted(model, rank, alpha_per_rank * rank, dropout)
+
+
+def _adapted(model: Any, rank: int, alpha: float, dropout: float) -> Any:
+    """peft's adapters on all linear layers but the output layer; UserError where it finds none."""
     config = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=rank,
-        lora_alpha=alpha_per_rank * rank,
-        lora_dropout=dropout,
-        target_modules="all-linear",
-        bias="none",
+        task_type="CAUSAL_LM", r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules="all-linear", bias="none"
     )
-    return get_peft_model(model, config)
+    try:
+        return get_peft_model(model, config)
+    except ValueError as error:
+        words = " ".join(str(error).split())
+        raise UserError(f"lora: a model of type {model.config.model_type!r} has no layer to adapt: {words}") from None
 
 
 def count_lora(model: Any) -> int:
@@ -54,7 +60,13 @@ def save_adapter(model: Any, folder: Path) -> None:
 
 
 def merged(model: Any, folder: Path) -> Any:
-    """``model`` with the adapters of ``folder`` added into its weights."""
+    """``model`` in fp32 with the adapters of ``folder`` added into its weights; UserError when they are not of this model."""
     if not (folder / "adapter_model.safetensors").is_file():
         raise UserError(f"{folder}: no PEFT adapter (adapter_model.safetensors) in it")
-    return PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
+    model = model.float()  # an adapter is small beside the weights: added to bf16 ones it would be rounded away
+    try:
+        tuned = PeftModel.from_pretrained(model, str(folder))
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        words = " ".join(str(error).split())
+        raise UserError(f"{folder}: can't be loaded as an adapter of this backbone: {words}") from None
+    return tuned.merge_and_unload()

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -17,6 +18,7 @@ from gr.errors import UserError
 
 TEMPERATURE = 0.1
 KEPT_WORDS = 0.5
+NO_WORD = "item"  # stands for a text of spaces, so that none is without a word to view
 
 
 def fresh_encoder(vocab: int, layers: int, d_model: int, heads: int, d_ff: int, max_tokens: int) -> BertModel:
@@ -45,7 +47,7 @@ def load_encoder(name_or_path: str) -> tuple[PreTrainedModel, PreTrainedTokenize
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
         model, info = AutoModel.from_pretrained(name_or_path, trust_remote_code=False, output_loading_info=True)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"model {name_or_path!r} can't be loaded as an encoder: {' '.join(str(error).split())}") from None
     if lacking := sorted(name for name in info["missing_keys"] if not name.startswith("pooler.")):
         raise UserError(f"model {name_or_path!r} is no whole encoder: {len(lacking)} weights are missing, such as {lacking[0]}")
@@ -59,9 +61,22 @@ def load_encoder(name_or_path: str) -> tuple[PreTrainedModel, PreTrainedTokenize
 
 
 def mean_pool(hidden: Tensor, mask: Tensor) -> Tensor:
-    """(items, tokens, d) and (items, tokens) to (items, d): the mean over the tokens that are no padding."""
+    """(items, tokens, d) and (items, tokens) to (items, d): the mean over the tokens that are no padding, in fp32."""
+    hidden = hidden.float()  # in bf16 a sum of many tokens loses what tells items apart
     weight = mask.to(hidden.dtype)[..., None]
     return (hidden * weight).sum(1) / weight.sum(1).clamp(min=1.0)
+
+
+def most_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+    """How many tokens the encoder can take; absurdly many where neither it nor its tokenizer has a limit.
+
+    Where positions are numbered from the padding's on, as in RoBERTa, so many fewer are left.
+    """
+    positions = getattr(model.config, "max_position_embeddings", None)
+    table = getattr(getattr(model, "embeddings", None), "position_embeddings", None)
+    first = getattr(table, "padding_idx", None)
+    limits = (tokenizer.model_max_length, positions and positions - (0 if first is None else first + 1))
+    return int(min(limit for limit in limits if limit and limit > 0))
 
 
 @torch.no_grad()
@@ -76,7 +91,7 @@ def encode_texts(
         rows = order[start : start + batch]
         tokens, mask = pad([ids[i] for i in rows], tokenizer.pad_token_id)
         hidden = model(input_ids=tokens.to(model.device), attention_mask=mask.to(model.device)).last_hidden_state
-        pooled = mean_pool(hidden, mask.to(model.device)).float().cpu().numpy()
+        pooled = mean_pool(hidden, mask.to(model.device)).cpu().numpy()
         if out is None:
             out = np.empty((len(texts), pooled.shape[1]), dtype=np.float32)
         out[rows] = pooled
@@ -98,7 +113,7 @@ class TextViews:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_tokens: int, seed: int) -> None:
         self.seed, self.max_tokens = seed, max_tokens
-        words = [text.replace(";", " ").replace(",", " ").split() for text in texts]
+        words = [text.replace(";", " ").replace(",", " ").split() or text.split() or [NO_WORD] for text in texts]
         vocabulary = sorted({word for row in words for word in row})
         number = {word: i for i, word in enumerate(vocabulary)}
         self.pieces = tokenizer(vocabulary, add_special_tokens=False)["input_ids"]
@@ -123,7 +138,7 @@ class TextViews:
 def contrastive_loss(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
     """Sum over items of InfoNCE between an item's two views, both ways averaged."""
     hidden = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).last_hidden_state
-    views = nn.functional.normalize(mean_pool(hidden, inputs["attention_mask"]).float(), dim=1)
+    views = nn.functional.normalize(mean_pool(hidden, inputs["attention_mask"]), dim=1)
     a, b = views.chunk(2)
     similarity = a @ b.T / TEMPERATURE
     target = torch.arange(len(a), device=similarity.device)

@@ -1,13 +1,16 @@
 """The SID recommender: a T5 encoder-decoder that reads the SIDs of a history and generates the next item's (TIGER)."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import T5Config, T5ForConditionalGeneration
 
+from gr.errors import UserError
 from gr.sid.sids import SidTable
 from gr.terms import Normalize
 from gr.trie import Trie
@@ -33,6 +36,14 @@ def t5(vocab: int, layers: int, d_model: int, heads: int, d_kv: int, d_ff: int, 
             use_cache=False,
         )
     )
+
+
+def load_t5(folder: Path) -> T5ForConditionalGeneration:
+    """A trained recommender; UserError when it can't be loaded."""
+    try:
+        return T5ForConditionalGeneration.from_pretrained(folder)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"{folder}: can't be loaded as a SID recommender: {' '.join(str(error).split())}") from None
 
 
 class SidBatcher:

@@ -1,5 +1,7 @@
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -115,6 +117,52 @@ def test_mistakes_are_one_line_and_exit_2(
     err = capsys.readouterr().err
     assert err.startswith("grscale") and message in err and err.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def jsonl(folder: Path) -> list[str]:
+    """The words of `grscale data jsonl` for a data set of one user, but --out."""
+    (folder / "s.jsonl").write_text('{"user": "u", "items": [1, 1, 1], "timestamps": [1, 2, 3]}\n')
+    (folder / "i.jsonl").write_text('{"item": 1, "asin": "a", "title": "A", "attributes": []}\n')
+    return ["data", "jsonl", str(folder / "s.jsonl"), str(folder / "i.jsonl")]
+
+
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [
+        ("../file/y", "../file/y: no folder can be written there (File exists); name another"),
+        ("../file", "../file: is a file; give --out a folder"),
+        ("/proc/nowhere/y", "/proc/nowhere/y: no folder can be written there"),
+        (".", ".: is the current folder, which would be replaced; give --out another"),
+        ("../here", "../here: is the current folder"),
+    ],
+)
+def test_data_into_no_place_for_it(
+    out: str, message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    (tmp_path / "file").write_text("dear to somebody")
+    monkeypatch.chdir(tmp_path / "here")
+    words = jsonl(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    assert main([*words, "--out", out]) == 2
+    err = capsys.readouterr().err
+    assert message in err and err.count("\n") == 1
+    assert sorted(tmp_path.rglob("*")) == before
+    assert main([*words, "--out", "../new"]) == 0 and (tmp_path / "new" / "manifest.json").is_file()
+
+
+def test_data_that_is_terminated_leaves_nothing(tmp_path: Path) -> None:
+    slow = "import sys, time; from cluster import cli; from gr.data import importer\n"
+    slow += "importer._users = lambda _: time.sleep(60); sys.exit(cli.main(sys.argv[1:]))"
+    words = [*jsonl(tmp_path), "--out", str(tmp_path / "out")]
+    process = subprocess.Popen([sys.executable, "-c", slow, *words])
+    end = time.monotonic() + 60
+    while not list(tmp_path.glob(".out.*/items.parquet")):
+        assert process.poll() is None and time.monotonic() < end
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGTERM)
+    assert process.wait() == 128 + signal.SIGTERM
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["i.jsonl", "s.jsonl"]
 
 
 def test_doctor_names_what_is_missing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,5 +1,8 @@
 """The dataset folder: written whole or not at all, read back as it was, damage noticed."""
 
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pyarrow as pa
@@ -7,6 +10,7 @@ import pytest
 
 from gr.data.dataset import Dataset, DatasetWriter, Item, User
 from gr.errors import UserError
+from gr.files import whole_folder
 
 ITEMS = [Item("a", "A", ("x", "y")), Item("b")]
 USERS = [User(f"u{n}", [n % 2, 0, 1], [n, None, n + 1]) for n in range(7)]
@@ -73,3 +77,50 @@ def test_damage_is_noticed(tmp_path: Path) -> None:
         dataset.verify()
     with pytest.raises(UserError, match="not a dataset folder"):
         Dataset(tmp_path)
+    write(tmp_path / "e")
+    manifest = tmp_path / "e" / "manifest.json"
+    whole = manifest.read_bytes()
+    for damaged in (whole[: len(whole) // 2], b"", b"[1]", b"\xff" + whole):
+        manifest.write_bytes(damaged)
+        with pytest.raises(UserError, match=r"manifest\.json: damaged \(.*\); its folder must be made again"):
+            Dataset(tmp_path / "e")
+
+
+def test_a_folder_that_cannot_be_put_in_place_leaves_the_old_one(tmp_path: Path) -> None:
+    before = write(tmp_path / "d").fingerprint
+    with pytest.raises(FileNotFoundError), whole_folder(tmp_path / "d") as aside:
+        shutil.rmtree(aside)  # so that the second of the two renames fails
+    assert [path.name for path in tmp_path.iterdir()] == ["d"]
+    assert Dataset(tmp_path / "d").fingerprint == before
+
+
+def test_the_current_folder_is_replaced_without_a_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "d").mkdir()
+    monkeypatch.chdir(tmp_path / "d")
+    with whole_folder(Path()) as aside:
+        (aside / "new").write_text("")
+    assert [path.name for path in tmp_path.iterdir()] == ["d"]
+    assert (tmp_path / "d" / "new").is_file()
+
+
+def test_where_no_folder_can_be(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for out in (tmp_path / "file" / "d", Path("/proc/nowhere/d")):
+        with pytest.raises(UserError, match=r"d: no folder can be written there \(.+\); name another"), whole_folder(out):
+            pass
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_what_a_killed_writer_left_is_swept(tmp_path: Path) -> None:
+    """... and neither what a living one writes nor anything else is."""
+    dies = "import os, sys; from pathlib import Path; from gr.files import whole_folder\n"
+    dies += "with whole_folder(Path(sys.argv[1])): os.kill(os.getpid(), 9)"
+    for name in ("d", "d.more"):
+        subprocess.run([sys.executable, "-c", dies, str(tmp_path / name)])
+    left = {path.name for path in tmp_path.iterdir()}
+    assert len(left) == 2
+    (tmp_path / ".d.settings").mkdir()
+    with whole_folder(tmp_path / "d") as living:
+        write(tmp_path / "d")
+        assert living.is_dir()
+    assert {path.name for path in tmp_path.iterdir()} == {"d", ".d.settings"} | {n for n in left if n.startswith(".d.more.")}

@@ -1,5 +1,6 @@
 """The backbone, its losses, LoRA and the decoder, against brute force on a tiny model."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,19 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import (
+    BertConfig,
+    BertLMHeadModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaModel,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from gr.beam import beam_search
 from gr.errors import UserError
@@ -150,6 +164,60 @@ def test_counts_and_flops_by_hand() -> None:
     assert count(tuned) == counts and count_lora(tuned) == 3 * 2 * (4 * 16 + 3 * 20)
 
 
+def in_products(lm: Any, flops: float, tokens: int, masked: int) -> float:
+    """A forward pass's counted FLOPs as torch counts matrix products: norms' weights are in none, masked pairs are in some."""
+    norms = sum(p.numel() for name, p in lm.named_parameters() if "norm" in name)
+    return flops + 4 * count(lm).width * masked - 2 * norms * tokens
+
+
+@pytest.mark.parametrize("normalize", ["vocabulary", "catalogue"])
+@torch.no_grad()
+def test_decoding_flops_are_those_that_torch_counts(lm: Any, titles: Titles, normalize: Normalize) -> None:
+    lm.set_attn_implementation("eager")
+    trie = TitleTrie(titles, normalize)
+    [prompt] = make_prompts(titles, HISTORIES[:1], 20, 10**4)
+    tokens, masked = len(prompt), len(prompt) * (len(prompt) - 1) // 2
+
+    class Watched(TitleStepper):
+        def _run(self, parents: torch.Tensor, tokens_: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+            nonlocal tokens, masked
+            assert real.all(), "with one user no row is filler"
+            logp = super()._run(parents, tokens_, real)
+            tokens += tokens_.numel()
+            masked += int((~self.seen).sum())
+            return logp
+
+    stepper = Watched(lm, [prompt], trie.search)
+    with FlopCounterMode(display=False) as counter:
+        beam_search(stepper, trie.search, 6, normalize == "catalogue")
+    assert in_products(lm, stepper.flops, tokens, masked) == counter.get_total_flops()
+    assert rank_titles(lm, trie, [prompt], 6)[2] == stepper.flops
+
+
+@pytest.mark.parametrize("normalize", ["vocabulary", "catalogue"])
+def test_training_flops_are_those_that_torch_counts(tokenizer: Any, titles: Titles, normalize: Normalize) -> None:
+    trie = TitleTrie(titles, normalize)
+    one = batch(training_sequences(titles, HISTORIES[:1], 20, 10**4), titles.frame.pad, trie)
+    tokens, logits, pairs = one.tokens, len(one.targets), one.pairs
+    lm = fresh_backbone(len(tokenizer), layers=2, d_model=32, heads=4, d_ff=48, kv_heads=2)
+    lm.set_attn_implementation("eager")
+    counts, more = count(lm), in_products(lm, 0, tokens, tokens**2 - pairs)
+    norms = (in_products(lm, 0, 0, tokens**2 - pairs) - more) / tokens
+
+    def products(model: Any) -> int:
+        with FlopCounterMode(display=False) as counter:
+            NextTitle(model, trie.trie if normalize == "catalogue" else None)(**one.inputs).backward()
+        return int(counter.get_total_flops())
+
+    assert train_flops(counts, tokens, logits, pairs) + 3 * more == products(lm)
+    tuned = add_lora(lm, rank=4)
+    # The norms' own gradient is not computed. Nor is, which the formula doesn't know, that of the first layer's input.
+    own = lm.model.layers[0].self_attn
+    first = sum(p.base_layer.weight.numel() + p.lora_A["default"].weight.numel() for p in (own.q_proj, own.k_proj, own.v_proj))
+    expected = train_flops(counts, tokens, logits, pairs, count_lora(tuned)) + 3 * more + norms * tokens - 2 * first * tokens
+    assert expected == products(tuned)
+
+
 def test_sizes_that_do_not_fit_are_named() -> None:
     with pytest.raises(UserError, match="d_model 30, heads 4"):
         fresh_backbone(100, layers=1, d_model=30, heads=4, d_ff=8)
@@ -198,6 +266,91 @@ def test_a_missing_model_and_a_short_context_are_one_clear_line(tmp_path: Path, 
     tokenizer.save_pretrained(tmp_path / "short")
     with pytest.raises(UserError, match=r"max_tokens is 65; .* at most 64"):
         load_backbone(tmp_path / "short", 65)
+
+
+TINY = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+}
+
+
+def saved(folder: Path, model: Any, tokenizer: Any) -> Path:
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_what_is_no_whole_causal_lm_is_refused(tmp_path: Path, tokenizer: Any) -> None:
+    vocab = {"vocab_size": len(tokenizer)}
+    torch.manual_seed(0)
+    bert = {k: v for k, v in TINY.items() if k != "num_key_value_heads"}
+    both_ways = saved(tmp_path / "bert", BertLMHeadModel(BertConfig(**vocab, **bert)), tokenizer)
+    with pytest.raises(UserError, match=r"bert' is no causal LM: what it predicts depends on the tokens that follow"):
+        load_backbone(both_ways, 100)
+    headless = saved(tmp_path / "headless", LlamaModel(LlamaConfig(**vocab, **TINY)), tokenizer)
+    with pytest.raises(UserError, match=r"headless' is no whole causal LM: 1 weights are missing, such as lm_head.weight"):
+        load_backbone(headless, 100)
+    tied = saved(tmp_path / "tied", LlamaModel(LlamaConfig(**vocab, **TINY, tie_word_embeddings=True)), tokenizer)
+    model, _ = load_backbone(tied, 100)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    weights = tied / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:500])
+    with pytest.raises(UserError, match=r"tied' can't be loaded as a causal LM"):
+        load_backbone(tied, 100)
+
+
+def test_a_sliding_window_limits_the_context_wherever_it_is_used(tmp_path: Path, tokenizer: Any) -> None:
+    vocab = {"vocab_size": len(tokenizer)}
+    mistral = saved(tmp_path / "mistral", MistralForCausalLM(MistralConfig(**vocab, **TINY, sliding_window=8)), tokenizer)
+    with pytest.raises(UserError, match=r"max_tokens is 9; .* at most 8"):
+        load_backbone(mistral, 9)
+    load_backbone(mistral, 8)
+    for name, options in (
+        ("off", {"use_sliding_window": False, "sliding_window": 8}),
+        ("full", {"use_sliding_window": True, "sliding_window": 8, "layer_types": ["full_attention"] * 2}),
+    ):
+        config = Qwen2Config(**vocab, **TINY, **options)
+        config.sliding_window = 8  # some configurations drop a window that is not used
+        load_backbone(saved(tmp_path / name, Qwen2ForCausalLM(config), tokenizer), 512)
+
+
+def test_lora_share_counts_what_peft_adapts_in_any_architecture() -> None:
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=300, n_embd=32, n_layer=2, n_head=2, n_positions=64))
+    total, unit = count(model).total, per_rank(model)
+    state = torch.get_rng_state()
+    assert per_rank(model) == unit and torch.equal(state, torch.get_rng_state()), "counting draws no random numbers"
+    tuned = add_lora(model, share=0.2)
+    assert count_lora(tuned) == tuned.peft_config["default"].r * unit
+    assert abs(count_lora(tuned) - 0.2 * total) <= unit / 2
+    for size in ({"share": 0.2}, {"rank": 2}):
+        with pytest.raises(UserError, match="lora: a model of type 'qwen3' has no layer to adapt"):
+            add_lora(fresh_backbone(300, layers=0, d_model=32, heads=2, d_ff=64), **size)
+
+
+def test_adapters_are_merged_in_fp32_and_only_into_their_own_backbone(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    base = fresh_backbone(300, layers=2, d_model=64, heads=4, d_ff=128).bfloat16().eval()
+    tuned = add_lora(copy.deepcopy(base).float(), rank=16).eval()
+    for name, parameter in tuned.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=2e-4)  # an adapter's weights after little training
+    save_adapter(tuned, tmp_path)
+    ids = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        without = base.float()(input_ids=ids).logits
+        moved = tuned(input_ids=ids).logits - without
+        whole = merged(base.bfloat16(), tmp_path).eval()(input_ids=ids).logits
+    assert (whole - without - moved).norm() < 0.01 * moved.norm()
+    with pytest.raises(UserError, match="can't be loaded as an adapter of this backbone"):
+        merged(fresh_backbone(300, layers=2, d_model=32, heads=4, d_ff=128), tmp_path)
+    weights = tmp_path / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:500])
+    with pytest.raises(UserError, match="can't be loaded as an adapter of this backbone"):
+        merged(fresh_backbone(300, layers=2, d_model=64, heads=4, d_ff=128), tmp_path)
 
 
 def test_a_pretrained_tokenizer_ends_titles_with_its_line_break() -> None:

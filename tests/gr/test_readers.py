@@ -11,8 +11,9 @@ import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 import pytest
 
-from gr.data.dataset import Dataset
+from gr.data.dataset import Dataset, DatasetWriter, Item, User
 from gr.data.importer import add_arguments, import_dataset, run
+from gr.data.split import LeaveOneOut, prepare_split
 from gr.errors import UserError
 
 BEAUTY = Path(__file__).resolve().parents[3] / "shared" / "data" / "amazon-beauty"
@@ -183,6 +184,8 @@ def test_amazon_literals_run_nothing(tmp_path: Path) -> None:
     meta.write_text(f"{{'asin': 'X'}}\n{{'asin': open({str(mark)!r}, 'w')}}\n")
     assert "m.json:2: not a JSON object" in fault("amazon", [reviews, meta], tmp_path / "out")
     assert not mark.exists()
+    meta.write_text("{'asin': 'X', 'x': {[1]: 2}}\n")
+    assert "m.json:1: not a JSON object" in fault("amazon", [reviews, meta], tmp_path / "out")
     no_time = jsonl(tmp_path / "r2.json", [{"reviewerID": "r", "asin": "X"}])
     line = fault("amazon", [no_time, jsonl(tmp_path / "m2.json", [])], tmp_path / "out")
     assert "r2.json:1: no column 'unixReviewTime'; columns there: asin, reviewerID" in line
@@ -248,6 +251,7 @@ def test_table(tmp_path: Path, kind: str) -> None:
         pa.array(["86400.5", "172800", "0"]),
         pa.array(["1970-01-02", "1970-01-03", "1970-01-01"]),
         pa.array(["1970-01-02T00:00:00Z", "1970-01-03T00:00:00Z", "1970-01-01T01:00:00+01:00"]),
+        pa.array(["1970-01-02T00:00:00Z", "1970-01-03 00:00:00.5", "1970-01-01"]),
         pa.array([datetime.date(1970, 1, 2), datetime.date(1970, 1, 3), datetime.date(1970, 1, 1)]),
         pa.array([86400_000, 172800_000, 500]).cast(pa.timestamp("ms")),
         pa.array([86400, 172800, 0]).cast(pa.timestamp("s", "Europe/Berlin")),
@@ -257,6 +261,83 @@ def test_table_times(tmp_path: Path, times: pa.Array) -> None:
     pq.write_table(pa.table({"user": ["u"] * 3, "item": ["a", "b", "c"], "timestamp": times}), tmp_path / "t.parquet")
     _, _, users = imported("table", [tmp_path / "t.parquet"], tmp_path / "out")
     assert users["u"] == [("c", 0), ("a", 86400), ("b", 172800)]
+
+
+@pytest.mark.parametrize("kind", ["parquet", "csv"])
+@pytest.mark.parametrize("before", [3, 70_000], ids=["in one batch", "in a later batch"])
+@pytest.mark.parametrize(
+    ("usual", "odd", "message"),
+    [
+        ("86400", "1970-01-02", "must be all Unix seconds or all dates, found '1970-01-02' after Unix seconds"),
+        ("1970-01-02", "86400", "must be all Unix seconds or all dates, found '86400' after dates"),
+        ("1970-01-02", "soon", "must be Unix seconds or a date and time, found 'soon'"),
+    ],
+)
+def test_table_times_that_mix(tmp_path: Path, kind: str, before: int, usual: str, odd: str, message: str) -> None:
+    """The first row that doesn't fit is named, wherever the reader's batches end."""
+    times = [None, *[usual] * (before - 1), odd, "never read"]
+    table = pa.table({"user": ["u"] * len(times), "item": [f"item {i}" for i in range(len(times))], "timestamp": times})
+    path = tmp_path / f"t.{kind}"
+    if kind == "parquet":
+        pq.write_table(table, path)
+    else:
+        pacsv.write_csv(table, path)
+    assert f"t.{kind}: row {before + 1}: column 'timestamp' {message}" in fault("table", [path], tmp_path / "out")
+
+
+def not_utf8(texts: list[bytes]) -> pa.Array:
+    """A text column that arrow did not check, as a careless writer leaves it in a file."""
+    return pa.array(texts).view(pa.string())
+
+
+@pytest.mark.parametrize("column", ["user", "item", "timestamp", "key", "title", "attributes"])
+def test_parquet_text_that_is_not_utf8(tmp_path: Path, column: str) -> None:
+    bad = not_utf8([b"a", b"caf\xe9"])
+    tables = {
+        "t": {"user": ["u", "u"], "item": ["a", "b"], "timestamp": ["1", "2"]},
+        "i": {"key": ["a", "b"], "title": ["A", "B"], "attributes": [["x"], ["y"]]},
+    }
+    for name, columns in tables.items():
+        if column in columns:
+            columns[column] = pa.ListArray.from_arrays([0, 1, 2], bad) if column == "attributes" else bad
+            wrong = name
+        pq.write_table(pa.table(columns), tmp_path / f"{name}.parquet")
+    line = fault("table", [tmp_path / "t.parquet", tmp_path / "i.parquet"], tmp_path / "out")
+    assert f"{wrong}.parquet: damaged or malformed after row 0" in line and "UTF8" in line
+
+
+@pytest.mark.parametrize("kind", ["parquet", "csv"])
+def test_a_column_name_that_is_there_twice(tmp_path: Path, kind: str) -> None:
+    def write(path: Path, names: list[str], row: list[str]) -> Path:
+        if kind == "parquet":
+            pq.write_table(pa.Table.from_arrays([pa.array([value]) for value in row], names=names), path)
+        else:
+            path.write_text(f"{','.join(names)}\n{','.join(row)}\n")
+        return path
+
+    out = tmp_path / "out"
+    twice = write(tmp_path / f"t.{kind}", ["user", "item", "timestamp", "user"], ["u", "a", "1", "v"])
+    assert f"t.{kind}: 2 columns are named 'user'; each needs its own name" in fault("table", [twice], out)
+    good = write(tmp_path / f"g.{kind}", ["user", "item", "timestamp", "note", "note"], ["u", "a", "1", "", ""])
+    items = write(tmp_path / f"i.{kind}", ["key", "title", "attributes", "attributes"], ["a", "A", "x", "y"])
+    assert f"i.{kind}: 2 columns are named 'attributes'" in fault("table", [good, items], out)
+    _, _, users = imported("table", [good], out, min_user_items=1)
+    assert users == {"u": [("a", 1)]}, "other columns may have any names"
+
+
+def test_a_key_that_is_nan_is_missing(tmp_path: Path) -> None:
+    """pandas makes floats of integers among which one is missing."""
+    path, items, out = tmp_path / "t.parquet", tmp_path / "i.parquet", tmp_path / "out"
+    numbers, missing = [1.0, 2.0, 3.0], [1.0, 2.0, float("nan")]
+    for column in ("user", "item"):
+        pq.write_table(pa.table({"user": numbers, "item": numbers, "timestamp": numbers} | {column: missing}), path)
+        assert f"t.parquet: row 3: column '{column}' is empty" in fault("table", [path], out)
+    pq.write_table(pa.table({"user": [1.0] * 3, "item": numbers, "timestamp": missing}), path)
+    pq.write_table(pa.table({"key": missing, "title": ["A", "B", "C"]}), items)
+    assert "i.parquet: row 3: column 'key' is empty" in fault("table", [path, items], out)
+    pq.write_table(pa.table({"key": numbers, "title": [float("nan")] * 3}), items)
+    _, found, users = imported("table", [path, items], out)
+    assert found == {"1": ("", []), "2": ("", []), "3": ("", [])} and users == {"1": [("1", 1), ("2", 2), ("3", None)]}
 
 
 def test_table_faults(tmp_path: Path) -> None:
@@ -301,6 +382,29 @@ def test_importer_refuses(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds something else"):
         import_dataset("jsonl", paths, out)
     assert (out / "thesis.tex").exists()
+
+
+def test_importer_replaces_nothing_but_a_dataset(tmp_path: Path) -> None:
+    paths = [jsonl(tmp_path / "s.jsonl", USERS), jsonl(tmp_path / "i.jsonl", ITEMS)]
+    out, split = tmp_path / "out", tmp_path / "split"
+    import_dataset("jsonl", paths, out)
+    (out / "world.json").write_text("{}")
+    import_dataset("jsonl", paths, out)
+    assert not (out / "world.json").exists()
+    with DatasetWriter(tmp_path / "d", "d", {}, [Item("a")]) as writer:
+        for user in range(9):
+            writer.add(User(str(user), [0] * 5, [1] * 5))
+    split.mkdir()
+    prepare_split(Dataset(tmp_path / "d"), LeaveOneOut(), split)
+    (out / "thesis.tex").write_text("dear to somebody")
+    for folder, name in ((out, "thesis.tex"), (split, "items.parquet")):
+        with pytest.raises(UserError, match=rf"holds something else than a dataset \({name}\); give --out a new folder"):
+            import_dataset("jsonl", paths, folder)
+        assert (folder / name).exists()
+    (out / "thesis.tex").unlink()
+    (out / "manifest.json").write_text('{"schema": 1, ')
+    with pytest.raises(UserError, match="holds something else"):
+        import_dataset("jsonl", paths, out)
 
 
 def test_command_line_arguments(tmp_path: Path) -> None:

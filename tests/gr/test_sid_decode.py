@@ -55,3 +55,17 @@ def test_flops_are_those_that_torch_counts() -> None:
     # The formula counts a digit's own prefix; teacher forcing computes all pairs of the decoder and masks the later ones.
     masked = 2 * 4 * 16 * (4 * 4 - 4 * 5 / 2)
     assert t5_flops(model.config, np.array([12]), digits=4) + masked == counter.get_total_flops()
+
+
+def test_flops_of_beam_search_are_those_that_torch_counts() -> None:
+    """A catalogue wide enough that all beams are in use from the second digit on."""
+    codes = disambiguate(np.random.default_rng(0).integers(0, 30, (4000, 3)))
+    offsets = np.concatenate([[0], np.cumsum(codes.max(0) + 1)[:-1]])
+    sids = SidTable(1 + offsets + codes, int(1 + (codes.max(0) + 1).sum()))
+    model = t5(sids.vocab, layers=2, d_model=32, heads=4, d_kv=8, d_ff=64, dropout=0.0).eval()
+    model.set_attn_implementation("eager")
+    inputs = SidBatcher(sids, 10).encoder_inputs([np.arange(10)])
+    trie = Trie.build(sids.tokens.tolist())
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        beam_search(T5Stepper(model, **inputs), trie, beams=20, normalize=True)
+    assert t5_flops(model.config, np.array([40]), digits=4, beams=20) == counter.get_total_flops()

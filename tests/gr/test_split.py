@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -12,6 +13,7 @@ from gr.data import split as split_module
 from gr.data.dataset import Dataset, DatasetWriter, Item, User
 from gr.data.split import STREAMS, LeaveOneOut, Protocol, Split, Temporal, prepare_split
 from gr.errors import UserError
+from gr.files import read_json, write_json
 
 N_ITEMS = 30
 
@@ -196,3 +198,65 @@ def test_limit_is_a_fixed_sample(tmp_path: Path) -> None:
     assert chosen(50) != chosen(50, seed=1)
     assert chosen(1000) == set(range(400))
     assert abs(np.mean(list(chosen(100))) - 199.5) < 40, "from all over the data"
+
+
+def test_a_history_does_not_hold_its_shard_in_memory(tmp_path: Path) -> None:
+    split, _ = prepared(dataset(tmp_path / "d", [list(range(500))] * 400), LeaveOneOut(), tmp_path / "s")
+    before = pa.total_allocated_bytes()
+    kept = list(split.evaluation_users("val", limit=8))
+    assert len(kept) == 8
+    assert pa.total_allocated_bytes() - before < 10_000, "8 histories of 2 kB, out of shards of 100 kB"
+
+
+def flipped(file: Path) -> bytes:
+    """Changes one bit of a file in place; returns what it held."""
+    whole = file.read_bytes()
+    damaged = bytearray(whole)
+    damaged[10] ^= 1
+    file.write_bytes(damaged)
+    return whole
+
+
+def test_damage_is_noticed_before_it_is_trained_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    split, _ = prepared(dataset(tmp_path / "d", [[1, 2, 3, 4]] * 40), LeaveOneOut(), tmp_path / "s")
+    reads = {"users-00003.parquet": lambda s: s.shard(3, ["items"]), "items.parquet": lambda s: s.items()}
+    for name, read in reads.items():
+        file = tmp_path / "s" / name
+        whole = flipped(file)
+        with pytest.raises(UserError, match=f"{name}: damaged"):
+            read(Split(tmp_path / "s"))
+        file.unlink()
+        with pytest.raises(UserError, match=f"{name}: missing"):
+            read(Split(tmp_path / "s"))
+        file.write_bytes(whole)
+    sums: list[str] = []
+    monkeypatch.setattr("gr.files.sha256", lambda file: sums.append(file.name) or split_module.sha256(file))
+    split = Split(tmp_path / "s")
+    for _ in range(3):
+        assert split.shard(3).num_rows + split.items().num_rows == 5 + N_ITEMS
+    assert sums == ["users-00003.parquet", "items.parquet"], "once is enough"
+
+
+def test_an_older_split_without_the_sum_of_its_catalogue(tmp_path: Path) -> None:
+    prepared(dataset(tmp_path / "d", [[1, 2, 3, 4]] * 9), LeaveOneOut(), tmp_path / "s")
+    manifest = read_json(tmp_path / "s" / "manifest.json")
+    del manifest["items"]
+    write_json(tmp_path / "s" / "manifest.json", manifest)
+    assert Split(tmp_path / "s").titles() == [f"title {i}" for i in range(N_ITEMS)]
+    items = tmp_path / "s" / "items.parquet"
+    items.write_bytes(items.read_bytes()[:-20])
+    with pytest.raises(UserError, match=r"items\.parquet: cannot be read .*; prepare the split again"):
+        Split(tmp_path / "s").titles()
+    items.unlink()
+    with pytest.raises(UserError, match=r"items\.parquet: cannot be read"):
+        Split(tmp_path / "s").titles()
+
+
+def test_a_damaged_manifest_is_named(tmp_path: Path) -> None:
+    prepared(dataset(tmp_path / "d", [[1, 2, 3, 4]] * 9), LeaveOneOut(), tmp_path / "s")
+    manifest = tmp_path / "s" / "manifest.json"
+    whole = manifest.read_bytes()
+    for damaged in (whole[: len(whole) // 2], b"", b"[1]", b"\xff" + whole):
+        manifest.write_bytes(damaged)
+        with pytest.raises(UserError, match=r"manifest\.json: damaged \(.*\); its folder must be made again"):
+            Split(tmp_path / "s")

@@ -1,19 +1,27 @@
 """The LLM paradigm's stages as real processes: the whole chain, two processes, death and resumption, mistakes."""
 
 import os
+import shutil
 import signal
 import subprocess
 import time
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from safetensors.torch import load_file
 from torch import equal
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from gr.files import read_json
+from gr.data.dataset import DatasetWriter, Item, User
+from gr.files import read_json, write_json
 from gr.metrics import ranking_metrics
+from jobs.config import Run, TrainLlmConfig
+from jobs.pretrain_llm import shape
+from jobs.runtime import Context
+from jobs.train_llm import backbone_source
 from tests.conftest import ROOT, Jobs
 
 PRETRAIN = {
@@ -63,10 +71,33 @@ def test_facts_and_policies(jobs: Jobs, split: str, backbone: str, trained: str)
     facts = jobs.run("evaluate_llm", "expand", {"users": 50}, split=split, backbone=backbone, model=trained).facts
     assert facts["evaluated_users"] == 50 and facts["infer_flops_per_user"] > 0
     assert {"shared_titles", "empty_titles", "truncated_titles"} <= facts.keys()
-    merge = training(steps=8) | {"shared_titles": "merge"}
-    jobs.run("train_llm", "merge", merge, split=split, backbone=backbone)
-    facts = jobs.run("evaluate_llm", "merged", {"users": 50}, split=split, backbone=backbone, model="merge").facts
-    assert facts["shared_titles_policy"] == "merge"
+    other = jobs.folder / "artifacts" / "other-backbone"
+    shutil.copytree(jobs.folder / "artifacts" / backbone, other)
+    write_json(other / "artifact.json", read_json(other / "artifact.json") | {"id": other.name})
+    wrong = jobs.run("evaluate_llm", "wrong", {"users": 50}, expect=2, split=split, backbone=other.name, model=trained)
+    assert "inputs.backbone is other-backbone, but inputs.model was trained with backbone" in wrong.stderr
+
+
+@pytest.mark.slow
+def test_twins_are_one_under_merge_and_rank_one_after_the_other_under_expand(jobs: Jobs) -> None:
+    """Two titles of ten items each: a model ranks two titles, and where it puts an item depends on the policy alone."""
+    rng = np.random.default_rng(0)
+    items = [Item(f"k{i}", ("red lamp", "blue chair")[i % 2]) for i in range(20)]
+    with DatasetWriter(jobs.folder / "artifacts" / "twins", "twins", {}, items) as writer:
+        for user in range(60):
+            writer.add(User(str(user), rng.choice(20, 6, replace=False).tolist(), list(range(6))))
+    jobs.run("prepare", "twins-split", {}, dataset="twins")
+    pretrain = PRETRAIN | {"optimizer": PRETRAIN["optimizer"] | {"steps": 4}}
+    jobs.run("pretrain_llm", "twins-backbone", pretrain, split="twins-split")
+    inputs, ranks = {"split": "twins-split", "backbone": "twins-backbone"}, {}
+    for policy in ("merge", "expand"):
+        jobs.run("train_llm", policy, training(steps=4) | {"shared_titles": policy}, **inputs)
+        done = jobs.run("evaluate_llm", f"{policy}d", {}, model=policy, **inputs)
+        assert done.facts["shared_titles_policy"] == policy and done.facts["items_with_shared_title"] == 20
+        ranks[policy] = pq.read_table(done.out / "hits.parquet")["rank"].to_numpy()
+        assert done.facts["recall@5"] == pytest.approx((ranks[policy] <= 5).mean())
+    assert set(ranks["merge"]) == {1, 2} and len(set(ranks["expand"])) > 10
+    assert (ranks["merge"] == (ranks["expand"] - 1) // 10 + 1).all()
 
 
 @pytest.mark.slow
@@ -106,6 +137,25 @@ def test_mistakes_are_named(jobs: Jobs, split: str) -> None:
     assert "vocab: Value error, 100 is too small" in jobs.run("pretrain_llm", "small", small, expect=2, split=split).stderr
     tight = PRETRAIN | {"max_tokens": 8}
     assert "config.max_tokens is 8" in jobs.run("pretrain_llm", "tight", tight, expect=2, split=split).stderr
+
+
+@pytest.mark.parametrize("max_tokens", [64, 256])
+@pytest.mark.parametrize("mean_tokens", [3.0, 11.5, 40.0])
+def test_every_process_gets_a_document(max_tokens: int, mean_tokens: float) -> None:
+    for batch in range(8, 520, 8):
+        documents, length = shape(batch, max_tokens, mean_tokens)
+        assert documents >= 8 and length >= 2 and documents * length >= batch
+        if batch >= 16:
+            assert documents == -(-batch // length), "no more than the batch asks for"
+
+
+def test_a_model_in_config_is_relative_to_run_yaml(tmp_path: Path) -> None:
+    config = TrainLlmConfig.model_validate(training() | {"model": "models/mine"})
+    run = Run(stage="train_llm", id="x", out=Path("out"), work=Path("work"))
+    context = Context(run, config, tmp_path)
+    assert backbone_source(context, config.model) == "models/mine", "a hub's name"
+    (tmp_path / "models" / "mine").mkdir(parents=True)
+    assert backbone_source(context, config.model) == str(tmp_path / "models" / "mine")
 
 
 def jobs_facts(jobs: Jobs, name: str) -> dict[str, Any]:

@@ -1,8 +1,12 @@
 """The SID paradigm's stages as real processes: the whole chain, two processes, death and resumption, NaN, mistakes."""
 
+import fcntl
 import os
+import shutil
 import signal
 import subprocess
+import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -10,11 +14,14 @@ from typing import Any
 import psutil
 import pyarrow.parquet as pq
 import pytest
+import yaml
 from safetensors.torch import load_file
 from torch import equal
 
+from gr.data.dataset import DatasetWriter, Item, User
+from gr.files import read_json, write_json
 from gr.metrics import ranking_metrics
-from tests.conftest import ROOT, Jobs
+from tests.conftest import ROOT, WORLD, Jobs
 
 SIZE = {"layers": 1, "d_model": 32, "heads": 2, "d_kv": 16, "d_ff": 64}
 OPTIMIZER = {"steps": 60, "global_batch": 64, "lr": 0.01, "validations": 3}
@@ -102,6 +109,8 @@ def test_killed_and_resumed_ends_bitwise_like_undisturbed(jobs: Jobs, split: str
     wait_for(checkpoints / "000000025", process)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
+    aside = [p for p in (jobs.folder / "artifacts").iterdir() if p.name.startswith(f".{name}.")]
+    assert len(aside) == 1, "what it had half-written"
     newest = max(checkpoints.glob("[0-9]*"))
     if damage:
         weights = newest / "model.safetensors"
@@ -112,24 +121,105 @@ def test_killed_and_resumed_ends_bitwise_like_undisturbed(jobs: Jobs, split: str
     assert ("is damaged" in resumed.stderr) == damage
     one, other = (load_file(jobs.folder / "artifacts" / n / "model.safetensors") for n in (trained, name))
     assert one.keys() == other.keys() and all(equal(one[k], other[k]) for k in one)
-    assert not checkpoints.exists()
+    assert not checkpoints.exists() and not aside[0].exists()
 
 
 @pytest.mark.slow
-def test_a_killed_launcher_leaves_no_rank_and_two_processes_resume_bitwise(jobs: Jobs, split: str, sids: str) -> None:
-    jobs.run("train_sid", "two-undisturbed", training(), processes=2, split=split, sids=sids)
-    path = jobs.write("train_sid", "two-killed", training(), processes=2, split=split, sids=sids)
-    launcher = start(jobs, "train_sid", path, processes=2)
-    wait_for(jobs.folder / "work" / "two-killed" / "checkpoint" / "000000025", launcher)
+@pytest.mark.parametrize("processes", [2, 4])
+def test_a_killed_launcher_leaves_no_rank_and_its_processes_resume_bitwise(
+    jobs: Jobs, split: str, sids: str, processes: int
+) -> None:
+    """A sum of two depends on no order; of four it does, and so on how DDP lays out its buckets."""
+    calm, killed = f"{processes}-undisturbed", f"{processes}-killed"
+    jobs.run("train_sid", calm, training(), processes=processes, split=split, sids=sids)
+    path = jobs.write("train_sid", killed, training(), processes=processes, split=split, sids=sids)
+    launcher = start(jobs, "train_sid", path, processes=processes)
+    wait_for(jobs.folder / "work" / killed / "checkpoint" / "000000025", launcher)
+    kill_launcher(launcher, processes)
+    jobs.run("train_sid", killed, training(), processes=processes, split=split, sids=sids)
+    one, other = (load_file(jobs.folder / "artifacts" / n / "model.safetensors") for n in (calm, killed))
+    assert all(equal(one[k], other[k]) for k in one)
+
+
+def kill_launcher(launcher: subprocess.Popen[bytes], processes: int) -> None:
+    """kill -9; none of its ranks may live on."""
     ranks = psutil.Process(launcher.pid).children(recursive=True)
-    assert len(ranks) == 2
+    assert len(ranks) == processes
     os.kill(launcher.pid, signal.SIGKILL)
     launcher.wait()
     _, alive = psutil.wait_procs(ranks, timeout=10)
+    for rank in alive:
+        rank.kill()
     assert not alive
-    jobs.run("train_sid", "two-killed", training(), processes=2, split=split, sids=sids)
-    one, other = (load_file(jobs.folder / "artifacts" / n / "model.safetensors") for n in ("two-undisturbed", "two-killed"))
-    assert all(equal(one[k], other[k]) for k in one)
+
+
+@pytest.mark.slow
+def test_a_killed_launcher_of_one_process_leaves_none(jobs: Jobs, split: str, sids: str) -> None:
+    """As the README has it typed; for one process accelerate's launcher sets no WORLD_SIZE."""
+    path = jobs.write("train_sid", "launched", training(steps=10**6), split=split, sids=sids)
+    accelerate = str(Path(sys.executable).with_name("accelerate"))
+    launcher = subprocess.Popen(
+        [accelerate, "launch", "-m", "jobs.train_sid", str(path)],
+        cwd=ROOT,
+        env=jobs.environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    wait_for(jobs.folder / "work" / "launched" / "metrics.jsonl", launcher)
+    kill_launcher(launcher, 1)
+
+
+def test_one_process_at_a_time_works_in_a_folder(jobs: Jobs) -> None:
+    work = jobs.folder / "work" / "locked"
+    work.mkdir(parents=True)
+    with (work / ".lock").open("w") as lock:
+        lock.write("process 7 on elsewhere")
+        lock.flush()
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        refused = jobs.run("plant", "locked", {"world": WORLD}, expect=2)
+        assert f"{work}: process 7 on elsewhere works here; wait for it or stop it" in refused.stderr
+        assert not (work / "failure.json").exists(), "it would be the other's"
+        # One that was just killed is not gone at once.
+        threading.Timer(2.0, lambda: fcntl.flock(lock, fcntl.LOCK_UN)).start()
+        done = jobs.run("plant", "locked", {"world": WORLD})
+    write_json(work / "failure.json", {"reason": "an older try"})
+    jobs.run("plant", "locked", {"world": WORLD})
+    assert done.out.is_dir() and not (work / "failure.json").exists()
+
+
+def run_as(jobs: Jobs, path: Path, **keys: Any) -> subprocess.CompletedProcess[str]:
+    """Runs a `plant` with other keys in its run.yaml; what it says on stderr is one line and no traceback."""
+    path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | keys))
+    done = subprocess.run(jobs.command("plant", path), cwd=ROOT, env=jobs.environment(), capture_output=True, text=True)
+    assert done.stderr.count("\n") == (done.returncode != 0), done.stderr
+    return done
+
+
+def test_out_replaces_nothing_but_an_empty_folder(jobs: Jobs) -> None:
+    home = jobs.folder / "home"
+    (home / "thesis").mkdir(parents=True)
+    (home / "thesis" / "thesis.tex").write_text("years of work")
+    (home / "notes.txt").write_text("too")
+    path = jobs.write("plant", "home/run", {"world": WORLD})
+    for out in ("thesis", "notes.txt"):
+        taken = run_as(jobs, path, out=out, work="../work/out")
+        assert taken.returncode == 2 and f"out: {home / out} is there and no finished artifact" in taken.stderr
+    for out, what in ((".", "run.yaml itself"), ("..", "run.yaml itself"), ("artifact", "work"), ("artifact/deep", "work")):
+        holds = run_as(jobs, path, out=out, work="artifact/deep")
+        assert holds.returncode == 2 and f"would hold {what}; the artifact needs a folder of its own" in holds.stderr
+    assert sorted(p.name for p in home.rglob("*")) == ["notes.txt", "run.yaml", "thesis", "thesis.tex"]
+    (home / "empty").mkdir()
+    assert run_as(jobs, path, out="empty", work="../work/out").returncode == 0
+    assert (home / "empty" / "artifact.json").is_file()
+
+
+def test_only_what_trains_takes_several_processes(jobs: Jobs) -> None:
+    path = jobs.write("plant", "twice", {"world": WORLD}, processes=2)
+    for rank in ("0", "1"):
+        environment = jobs.environment() | {"WORLD_SIZE": "2", "RANK": rank}
+        done = subprocess.run(jobs.command("plant", path), cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert done.returncode == 2 and "launch.processes is 2; stage plant is done by one process" in done.stderr
+    assert not (jobs.folder / "artifacts" / "twice").exists()
 
 
 def test_another_configuration_takes_up_neither_checkpoint_nor_artifact(jobs: Jobs, split: str, sids: str, trained: str) -> None:
@@ -165,7 +255,68 @@ def test_mistakes_are_one_line_and_exit_2(jobs: Jobs, split: str, sids: str) -> 
     assert done.returncode == 2 and "launch.processes is 2, but 1 process(es) were started" in done.stderr
 
 
+def test_a_run_yaml_or_folder_that_can_not_be_used_is_one_line_and_exit_2(jobs: Jobs) -> None:
+    path = jobs.write("plant", "unusable", {"world": WORLD})
+    (jobs.folder / "file").write_text("where a folder would have to be")
+    for key in ("work", "out"):
+        done = run_as(jobs, path, **{"work": "work/unusable", "out": "artifacts/unusable", key: "file/below/it"})
+        assert done.returncode == 2 and f"run.yaml: {key}: " in done.stderr and "name another folder" in done.stderr
+    path.write_bytes(path.read_bytes() + b"# caf\xe9\n")
+    done = subprocess.run(jobs.command("plant", path), cwd=ROOT, env=jobs.environment(), capture_output=True, text=True)
+    assert done.returncode == 2 and f"{path}: 'utf-8' codec can't decode byte" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_inputs_of_another_stage_or_without_their_file_are_named(jobs: Jobs, split: str, sids: str, trained: str) -> None:
+    wrong = jobs.run("train_sid", "wrong-sids", training(), expect=2, split=split, sids="embeddings")
+    assert "embeddings is of stage encode; it has to be one of quantize" in wrong.stderr and "Traceback" not in wrong.stderr
+    wrong = jobs.run("evaluate_sid", "wrong-model", {}, expect=2, split=split, sids=sids, model="sids")
+    assert "sids is of stage quantize; it has to be one of train_sid" in wrong.stderr and "Traceback" not in wrong.stderr
+    (jobs.folder / "artifacts" / "hollow").mkdir()
+    hollow = jobs.run("quantize", "no-file", {}, expect=2, embeddings="hollow")
+    assert "hollow has no embeddings.parquet; encode writes one" in hollow.stderr and "Traceback" not in hollow.stderr
+    torn = jobs.folder / "artifacts" / "torn"
+    shutil.copytree(jobs.folder / "artifacts" / trained, torn)
+    (torn / "model.safetensors").write_bytes((torn / "model.safetensors").read_bytes()[:500])
+    damaged = jobs.run("evaluate_sid", "damaged", {}, expect=2, split=split, sids=sids, model="torn")
+    assert "torn: can't be loaded as a SID recommender" in damaged.stderr and "Traceback" not in damaged.stderr
+
+
+def test_evaluation_takes_only_what_the_model_was_trained_with(jobs: Jobs, split: str, sids: str, trained: str) -> None:
+    for name in (split, sids):
+        folder = jobs.folder / "artifacts" / f"other-{name}"
+        shutil.copytree(jobs.folder / "artifacts" / name, folder)
+        write_json(folder / "artifact.json", read_json(folder / "artifact.json") | {"id": folder.name})
+        inputs = {"split": split, "sids": sids, name: folder.name}
+        other = jobs.run("evaluate_sid", f"with-{folder.name}", {}, expect=2, model=trained, **inputs)
+        assert f"inputs.{name} is other-{name}, but inputs.model was trained with {name}" in other.stderr
+
+
+def test_a_model_in_config_is_relative_to_run_yaml(jobs: Jobs, split: str, sids: str) -> None:
+    assert sids, "made from the encoder's artifact"
+    by_path = jobs.run("encode", "by-path", {"model": "artifacts/encoder", "max_tokens": 100}, split=split)
+    tables = [pq.read_table(folder / "embeddings.parquet") for folder in (by_path.out, jobs.folder / "artifacts" / "embeddings")]
+    assert tables[0].equals(tables[1])
+
+
 def test_a_finished_run_is_not_done_again(jobs: Jobs, split: str, sids: str, trained: str) -> None:
     before = (jobs.folder / "artifacts" / trained / "artifact.json").stat().st_mtime_ns
     jobs.run("train_sid", trained, training(), split=split, sids=sids)
     assert (jobs.folder / "artifacts" / trained / "artifact.json").stat().st_mtime_ns == before
+
+
+def test_the_best_reachable_recall_is_of_the_world_that_was_split(jobs: Jobs, split: str) -> None:
+    world = {"users": 30, "items": 80, "topics": 8, "communities": 6, "subtopics": 3, "mean_length": 10, "seed": 1}
+    jobs.run("plant", "other-world", {"world": world})
+    wrong = jobs.run("baseline", "wrong-bayes", {"method": "bayes-optimal"}, expect=2, split=split, dataset="other-world")
+    assert "is not the data set that inputs.split was made from" in wrong.stderr and "Traceback" not in wrong.stderr
+    assert not wrong.out.exists()
+
+
+def test_a_dataset_imported_again_is_another_input(jobs: Jobs) -> None:
+    """Its folder is no artifact with an id; its path stays the same."""
+    for length in (5, 5, 6):
+        with DatasetWriter(jobs.folder / "artifacts" / "outside", "outside", {}, [Item("a")]) as writer:
+            for user in range(9):
+                writer.add(User(str(user), [0] * length, list(range(length))))
+        done = jobs.run("prepare", "of-outside", {}, expect=0 if length == 5 else 2, dataset="outside")
+    assert "holds the result of another run (inputs were" in done.stderr
