@@ -11,18 +11,34 @@ from typing import TYPE_CHECKING, Any
 from fit.errors import FitError
 
 if TYPE_CHECKING:
-    from fit.fitting import FitResult, Prediction, fit_law
-    from fit.verdict import Saturation, saturation
+    from fit.fitting import fit_law
+    from fit.law_saturation import SaturationSize, saturation_size
+    from fit.result import FitResult, Prediction
+    from fit.verdict import Saturation, holm, saturation
     from fit.words import explain
 
-__all__ = ["FitError", "FitResult", "Prediction", "Saturation", "explain", "fit_law", "saturation"]
+__all__ = [
+    "FitError",
+    "FitResult",
+    "Prediction",
+    "Saturation",
+    "SaturationSize",
+    "explain",
+    "fit_law",
+    "holm",
+    "saturation",
+    "saturation_size",
+]
 
 _HOME = {
-    "FitResult": "fit.fitting",
-    "Prediction": "fit.fitting",
+    "FitResult": "fit.result",
+    "Prediction": "fit.result",
     "fit_law": "fit.fitting",
     "Saturation": "fit.verdict",
     "saturation": "fit.verdict",
+    "holm": "fit.verdict",
+    "SaturationSize": "fit.law_saturation",
+    "saturation_size": "fit.law_saturation",
     "explain": "fit.words",
 }
 

@@ -10,14 +10,18 @@ from typing import TYPE_CHECKING
 from fit.errors import FitError
 
 if TYPE_CHECKING:
-    from fit.fitting import FitResult
+    from fit.result import FitResult
     from fit.tables import Floats
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = "Fit a scaling law to a table of (sizes, metric)."
     parser.add_argument("table", metavar="TABLE", help="a .csv, .parquet or .jsonl file, or a folder of .parquet")
-    parser.add_argument("--law", required=True, help="power, power-floor, ceiling, log-linear or chinchilla")
+    parser.add_argument(
+        "--law",
+        required=True,
+        help="power, power-floor, ceiling, log-linear, hinge, broken, two-term, sid, llm, chinchilla, or a formula: 'E + A/N**a'",
+    )
     parser.add_argument(
         "--columns",
         required=True,
@@ -85,10 +89,9 @@ def _pairs(texts: list[str], option: str) -> dict[str, str]:
 
 def readable(result: "FitResult") -> str:
     """The result as lines of text: parameters with intervals, objective, verdict, warnings in words."""
-    from fit.laws import law_named
     from fit.words import explain
 
-    lines = [f"{result.law}: {law_named(result.law).formula}   ({result.n} rows, {result.loss})", ""]
+    lines = [f"{result.law}: {result.definition.formula}   ({result.n} rows, {result.loss})", ""]
     width = max(len(name) for name in result.params)
     for name, value in result.params.items():
         line = f"  {name:<{width}}  {value:>12.6g}"

@@ -1,20 +1,20 @@
-"""Bootstrap resamples, and which parameters the data identify."""
+"""Bootstrap resamples of a table, as batches of problems, and how far their intervals reach."""
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fit.laws import EXPONENT_BOUNDS, Law
-from fit.solve import Problem, jacobian
+from fit.identify import standard_errors
+from fit.problem import Problem
 from fit.tables import Floats
 
 PARAM_LEVEL = 0.95
 """Level of the parameters' intervals."""
-
-_SPREAD = 4.0
 _MARGIN_LEVEL = 0.90
+METHODS = ("seeds", "rows", "sizes", "residuals", "parametric")
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,7 @@ class Design:
     rung: NDArray[np.intp]
     replicate: NDArray[np.intp] | None = None
 
+    @cached_property
     def groups(self) -> list[list[NDArray[np.intp]]]:
         """For each rung, its replicates' row numbers."""
         replicate = np.arange(len(self.rung)) if self.replicate is None else self.replicate
@@ -36,59 +37,83 @@ class Design:
     @property
     def dof(self) -> int:
         """Degrees of freedom of the replicates' variance: replicates less rungs."""
-        return sum(len(g) - 1 for g in self.groups())
+        return sum(len(g) - 1 for g in self.groups)
 
 
-def by_rows(problem: Problem, design: Design, draws: int, rng: np.random.Generator) -> Iterator[Problem]:
-    """Rows drawn with replacement, as counts. A draw with fewer rungs than parameters has no fit and is drawn again."""
-    n, needed = len(problem.y), len(problem.law.params)
-    for _ in range(draws):
-        while True:
-            counts = np.bincount(rng.integers(n, size=n), minlength=n)
-            if len(np.unique(design.rung[counts > 0])) >= needed:
-                break
-        yield _with(problem, problem.y, counts.astype(np.float64))
+def resample(problem: Problem, p: Floats, design: Design, method: str, draws: int, seed: int) -> Problem:
+    """``draws`` tables drawn from the problem's one by a method of `METHODS`; ``p`` (params,) is the fit."""
+    rng = np.random.default_rng(seed)
+    if method in ("rows", "sizes"):
+        return replace(problem, weights=problem.weights * _counts(design, method, len(problem.law.params), draws, rng))
+    if method == "seeds":
+        base, noise = _by_seeds(problem, design, draws, rng)
+    else:
+        base, noise = _about_the_law(problem, p, design, method, draws, rng)
+    return replace(problem, y=np.exp(base + noise) if problem.log else base + noise)
 
 
-def by_seeds(problem: Problem, design: Design, draws: int, rng: np.random.Generator) -> Iterator[Problem]:
+def _counts(design: Design, method: str, needed: int, draws: int, rng: np.random.Generator) -> Floats:
+    """(draws, rows): how often each row was drawn, by itself or with all of its size. A draw with fewer sizes than parameters
+    has no fit and is drawn again."""
+    units = np.arange(len(design.rung)) if method == "rows" else design.rung
+    n, rungs = int(units.max()) + 1, int(design.rung.max()) + 1
+    out = np.empty((draws, len(units)))
+    todo = np.arange(draws)
+    while len(todo):
+        picks = rng.integers(n, size=(len(todo), n))
+        counts = np.zeros((len(todo), n))
+        np.add.at(counts, (np.arange(len(todo))[:, None], picks), 1.0)
+        out[todo] = counts[:, units]
+        seen = (out[todo] > 0) @ np.eye(rungs)[design.rung]  # rows of each rung that were drawn
+        todo = todo[np.sum(seen > 0, axis=1) < min(needed, rungs)]
+    return out
+
+
+def _by_seeds(problem: Problem, design: Design, draws: int, rng: np.random.Generator) -> tuple[Floats, Floats]:
     """At each rung, deviations of replicates from their rung's mean, drawn from those of all rungs.
 
     A rung's own two or three deviations can take only a few values, and intervals from them were measured to hold the truth 80%
     of the time at a nominal 95% (2 seeds). Drawing n replicates from n shows (n-1)/n of their variance; the deviations are
     widened by sqrt(n/(n-1)) (Davison and Hinkley 1997, sec. 2.3).
     """
-    y = np.log(problem.y) if problem.log else problem.y
-    groups = design.groups()
-    centre = np.empty_like(y)
-    deviations = []
-    for replicates in groups:
-        means = np.array([y[rows].mean() for rows in replicates])
-        centre[np.concatenate(replicates)] = means.mean()
+    y = np.log(problem.y[0]) if problem.log else problem.y[0]
+    centre, pool, owner, replicates = np.empty_like(y), [], np.empty(len(y), dtype=np.intp), 0
+    for group in design.groups:
+        means = np.array([y[rows].mean() for rows in group])
+        centre[np.concatenate(group)] = means.mean()
         n = len(means)
         if n > 1:
-            deviations.append((means - means.mean()) * np.sqrt(n / (n - 1)))
-    pool = np.concatenate(deviations)
-    for _ in range(draws):
-        drawn = centre.copy()
-        for replicates in groups:
-            for rows, pick in zip(replicates, rng.choice(pool, size=len(replicates)), strict=True):
-                drawn[rows] += pick
-        yield _with(problem, np.exp(drawn) if problem.log else drawn, problem.weights)
+            pool.append((means - means.mean()) * np.sqrt(n / (n - 1)))
+        for rows in group:
+            owner[rows], replicates = replicates, replicates + 1
+    return centre, rng.choice(np.concatenate(pool), size=(draws, replicates))[:, owner]
 
 
-def by_residuals(problem: Problem, p: Floats, draws: int, rng: np.random.Generator) -> Iterator[Problem]:
-    """Residuals about the fitted law drawn with replacement, widened by sqrt(rows/(rows - parameters))."""
-    r = -problem.residuals(p)
-    y = np.log(problem.y) if problem.log else problem.y
-    fitted, n = y - r, len(y)
-    r = (r - r.mean()) * np.sqrt(n / max(n - len(p), 1))
-    for _ in range(draws):
-        drawn = fitted + rng.choice(r, size=n)
-        yield _with(problem, np.exp(drawn) if problem.log else drawn, problem.weights)
+def _about_the_law(
+    problem: Problem, p: Floats, design: Design, method: str, draws: int, rng: np.random.Generator
+) -> tuple[Floats, Floats]:
+    """Residuals about the fitted law drawn with replacement, widened by sqrt(rows/(rows - parameters)), or normal noise of their
+    size (parametric)."""
+    y = np.log(problem.y[0]) if problem.log else problem.y[0]
+    r = -problem.residuals(p[None])[0]
+    if method == "parametric":
+        return y - r, noise(problem, p, design)[0] * rng.normal(size=(draws, len(y)))
+    widened = (r - r.mean()) * np.sqrt(len(r) / max(len(r) - len(p), 1))
+    return y - r, rng.choice(widened, size=(draws, len(y)))
 
 
-def _with(problem: Problem, y: Floats, weights: Floats) -> Problem:
-    return Problem(problem.law, problem.logs, y, weights, problem.loss, problem.delta)
+def noise(problem: Problem, p: Floats, design: Design) -> tuple[float, int]:
+    """A run's standard deviation in the residuals' unit, with its degrees of freedom: of replicates where there are some, else of
+    the residuals about the law."""
+    y = np.log(problem.y[0]) if problem.log else problem.y[0]
+    if dof := sum(len(rows) - 1 for rows in _rungs(design)):
+        return float(np.sqrt(sum(float(np.sum((y[rows] - y[rows].mean()) ** 2)) for rows in _rungs(design)) / dof)), dof
+    dof = max(len(y) - len(p), 1)
+    return float(np.sqrt(np.sum(problem.residuals(p[None]) ** 2) / dof)), dof
+
+
+def _rungs(design: Design) -> list[NDArray[np.intp]]:
+    return [np.concatenate(group) for group in design.groups]
 
 
 def tail(level: float, dof: int | None) -> float:
@@ -103,65 +128,6 @@ def tail(level: float, dof: int | None) -> float:
     return share if not dof else float(ndtr(stdtrit(dof, share)))
 
 
-def dead_exponents(law: Law, p: Floats) -> NDArray[np.bool_]:
-    """(params,): exponents whose terms all have coefficient zero, so that they mean nothing."""
-    out = np.zeros(len(law.params), dtype=bool)
-    for i, name in enumerate(law.params):
-        coefficients = [p[j] for j, t in enumerate(law.terms) if t.exponent == name]
-        out[i] = bool(coefficients) and not any(coefficients)
-    return out
-
-
-def standard_errors(problem: Problem, p: Floats) -> tuple[Floats, float]:
-    """Linearised standard errors (params,) at ``p``, in centred units, and the Jacobian's condition number.
-
-    The condition number is of the Jacobian with unit columns, at centred logarithms of the sizes. Coefficients held at their
-    bound are left out of both (error 0), and so are the exponents that then mean nothing (error infinite).
-    """
-    law = problem.law
-    dead = dead_exponents(law, p)
-    held = np.array([i < len(law.terms) and p[i] == problem.bounds[0][i] for i in range(len(p))])
-    errors = np.where(dead, np.inf, 0.0)
-    live = ~(dead | held)
-    _, J, _, _ = jacobian(problem, p)
-    J = J[:, live] * np.sqrt(problem.weights)[:, None]
-    r = problem.residuals(p)
-    # Huber and L1 are chosen for outliers, so their noise is read from the middle of the residuals.
-    if problem.loss == "least-squares":
-        variance = float(r @ r) / max(len(r) - len(p), 1)
-    else:
-        variance = (1.4826 * float(np.median(np.abs(r)))) ** 2
-    norms = np.linalg.norm(J, axis=0)
-    _, s, vt = np.linalg.svd(J / norms, full_matrices=False)
-    errors[live] = np.sqrt(variance * np.sum((vt.T / np.maximum(s, 1e-12)) ** 2, axis=1)) / norms
-    return errors, float(s[0] / max(s[-1], 1e-300))
-
-
-def unidentified(law: Law, p: Floats, low: Floats, high: Floats, metric_range: float) -> list[str]:
-    """Parameters that the data leave open, from their 90% margins in centred units.
-
-    An exponent or a power term's coefficient is open where it is not known within a factor of 4 or reaches its bound; a constant
-    (floor or ceiling) where its margin is wider than the whole range of the metric.
-    """
-    m, exponents, dead = len(law.terms), set(law.nonlinear), dead_exponents(law, p)
-    least, most = EXPONENT_BOUNDS[0] * 1.01, EXPONENT_BOUNDS[1] * 0.99
-    # An exponent at its lower bound makes the power a logarithm: its coefficient and the constant are then set by the bound,
-    # and look certain only because the bound does not move between draws.
-    disguised = {name for i, name in enumerate(law.params) if name in exponents and low[i] <= least and not dead[i]}
-    out = []
-    for i, name in enumerate(law.params):
-        term = law.terms[i] if i < m else None
-        if term is None:
-            shaky = dead[i] or low[i] <= least or high[i] >= most or high[i] > _SPREAD * low[i]
-        elif term.exponent:
-            shaky = p[i] > 0 and (term.exponent in disguised or low[i] <= 0 or high[i] > _SPREAD * low[i])
-        else:
-            shaky = term.size is None and bool(exponents) and (bool(disguised) or high[i] - low[i] > metric_range)
-        if shaky:
-            out.append(name)
-    return out
-
-
 def margins(problem: Problem, p: Floats, draws: Floats, dof: int | None) -> tuple[Floats, Floats]:
     """90% margins of each parameter in centred units: of the draws where there are some, else linearised."""
     if len(draws):
@@ -171,6 +137,14 @@ def margins(problem: Problem, p: Floats, draws: Floats, dof: int | None) -> tupl
     return p - spread, p + spread
 
 
-def extrapolation(sizes: Mapping[str, Floats], ranges: Mapping[str, tuple[float, float]]) -> float:
-    """How many times beyond the fitted sizes the farthest prediction lies (1: within)."""
-    return max(float(max(v.max() / ranges[name][1], ranges[name][0] / v.min(), 1.0)) for name, v in sizes.items())
+def extrapolation(sizes: Mapping[str, Floats], ranges: Mapping[str, tuple[float, float]]) -> tuple[float, Floats]:
+    """How many times beyond the fitted sizes the farthest prediction lies (1: within), and how far each one does, (rows,), in
+    units of the fitted logarithmic range (0: within; infinite beyond a size that did not vary)."""
+    times, far = 1.0, np.zeros(len(next(iter(sizes.values()))))
+    for name, values in sizes.items():
+        low, high = ranges[name]
+        over = np.maximum(np.maximum(values / high, low / values), 1.0)
+        times = max(times, float(over.max()))
+        with np.errstate(divide="ignore", invalid="ignore"):
+            far = np.fmax(far, np.where(over > 1 + 1e-9, np.log(over) / np.log(high / low), 0.0))
+    return times, far

@@ -1,17 +1,17 @@
 """`saturation`: does more size still pay? A three-way equivalence test on the gain per doubling over the largest sizes."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from fit.errors import FitError
-from fit.tables import Floats, TableLike, numbers, read_table, rungs, sizes
+from fit.ladder import Line, fit_line, make_ladder, middle
+from fit.seeds_needed import plan
+from fit.tables import Floats, TableLike, numbers, read_table, sizes
 
 VERDICTS = ("saturated", "still scaling", "degrading", "never scaled", "inconclusive")
-LACK_OF_FIT = 0.01
-"""Level of the F test of lack of fit."""
 
 
 @dataclass(frozen=True)
@@ -19,8 +19,17 @@ class Saturation:
     """A verdict with its evidence.
 
     ``gain_per_doubling`` is in the metric's unit, positive where the metric improves (a loss that falls counts as a gain);
-    ``low`` and ``high`` are its one-sided bounds at 1 - alpha each. ``relative`` is the gain over ``level``, the mean metric of
-    the ``top_sizes`` (parameters, smallest first). ``worthwhile`` is the least relative gain that would count.
+    ``low`` and ``high`` are its one-sided bounds at 1 - alpha each, ``standard_error`` and ``dof`` what they are made of.
+    ``relative`` is the gain over ``level``, the mean metric of the ``top_sizes`` (parameters, smallest first). ``worthwhile`` is
+    the least relative gain that would count.
+
+    p values of the one-sided tests: ``p_flat`` (gain under the worthwhile one), ``p_saturated`` (that, and growth before: the
+    larger of the two tests' p values), ``p_scaling`` (gain over the worthwhile one), ``p_degrading`` (gain under zero). A claim
+    is made where its p value is under ``alpha``.
+
+    An inconclusive verdict says what would decide it, slope and noise being held: ``seeds_needed`` at each of the top sizes
+    (in all), or runs of ``next_size`` (parameters). Each is None where it would not; both are where the slope lies at the
+    worthwhile gain.
     """
 
     verdict: str
@@ -35,26 +44,23 @@ class Saturation:
     seeds: tuple[int, ...]
     reason: str
     warnings: tuple[str, ...]
+    standard_error: float
+    dof: int
+    p_saturated: float
+    p_flat: float
+    p_scaling: float
+    p_degrading: float
+    seeds_needed: int | None
+    next_size: float | None
+    line: Line = field(repr=False, compare=False)
+    """The ladder and its line, for `holm`; not in `to_json`."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; an infinite bound (no noise estimate) is null."""
-        values = dict(vars(self))
-        for name in ("low", "high"):
+        values = {name: v for name, v in vars(self).items() if name != "line"}
+        for name in ("low", "high", "standard_error"):
             values[name] = values[name] if np.isfinite(values[name]) else None
         return {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
-
-
-@dataclass(frozen=True)
-class _Rungs:
-    """Per size, smallest first: mean log2 N, mean gain, number of runs, and the runs' sum of squares about the mean."""
-
-    x: Floats
-    mean: Floats
-    n: Floats
-    squares: Floats
-
-    def last(self, k: int) -> "_Rungs":
-        return _Rungs(self.x[-k:], self.mean[-k:], self.n[-k:], self.squares[-k:])
 
 
 def saturation(
@@ -75,24 +81,23 @@ def saturation(
     rejects the line at 1%, with the sizes' own scatter about it if that makes the wider interval. `saturated` when the upper
     1-alpha bound is below the worthwhile gain and the metric did grow before, `never scaled` when it did not, `still scaling`
     when the lower bound is above it, `degrading` when the upper bound is below zero, else `inconclusive`. Two one-sided tests:
-    Schuirmann 1987.
+    Schuirmann 1987. Several curves judged in one study: pass their verdicts to `holm`.
     """
     response = _response(columns)
     if not (0 < worthwhile < 1 and 0 < alpha < 0.5):
         raise FitError(f"worthwhile {worthwhile} and alpha {alpha} must be shares, such as 0.01 and 0.05")
     rows = read_table(table)
     N, y = sizes(rows, columns["N"], "N"), numbers(rows, columns[response], response)
-    ladder = _ladder(N, y if response == "R" else -y)
+    ladder = make_ladder(N, y if response == "R" else -y)
     if len(ladder.x) < 2:
         raise FitError(f"column {columns['N']!r}: one size only; a gain per doubling needs two or more")
     if top is not None and not 2 <= top <= len(ladder.x):
         raise FitError(f"top {top} is not between 2 and the number of sizes, {len(ladder.x)}")
-    k = top or _top(ladder)
-    best = ladder.last(k)
-    level = abs(float(np.average(best.mean, weights=best.n)))
+    line = fit_line(ladder, top, alpha)
+    level = abs(middle(line.best.mean, line.best.n))
     if level == 0:
         raise FitError(f"column {columns[response]!r}: zero at the largest sizes; a relative gain has no meaning")
-    return _judge(ladder, best, level, worthwhile, alpha, _notes(best, columns, response, y))
+    return _judge(line, level, worthwhile, alpha, _notes(line, columns, response, y))
 
 
 def _response(columns: Mapping[str, str]) -> str:
@@ -103,145 +108,127 @@ def _response(columns: Mapping[str, str]) -> str:
     return "R" if "R" in columns else "L"
 
 
-def _ladder(N: Floats, y: Floats) -> _Rungs:
-    rung = rungs([N])
-    groups = [np.flatnonzero(rung == r) for r in range(rung.max() + 1)]
-    return _Rungs(
-        np.array([np.log2(N[g]).mean() for g in groups]),
-        np.array([y[g].mean() for g in groups]),
-        np.array([float(len(g)) for g in groups]),
-        np.array([float(np.sum((y[g] - y[g].mean()) ** 2)) if np.ptp(y[g]) else 0.0 for g in groups]),  # no rounding noise,
-    )
-
-
-def _top(ladder: _Rungs) -> int:
-    count = len(ladder.x)
-    least = min(count, 4, max(3, count - 1))
-    wide = (k for k in range(least, count + 1) if ladder.x[-1] - ladder.x[-k] >= 2.0 - 1e-6)
-    return next(wide, least)
-
-
-def _notes(best: _Rungs, columns: Mapping[str, str], response: str, y: Floats) -> list[str]:
-    out = []
-    span = 2.0 ** (best.x[-1] - best.x[0])
-    if span < 4 * 0.98:
-        out.append(f"narrow:{span:.1f}x")
+def _notes(line: Line, columns: Mapping[str, str], response: str, y: Floats) -> list[str]:
+    best, out = line.best, []
+    reach = 2.0 ** (best.x[-1] - best.x[0])
+    if reach < 4 * 0.98:
+        out.append(f"narrow:{reach:.1f}x")
     if best.n.max() == 1:
         out.append("seeds:1")
     elif best.squares.sum() == 0:
         out.append(f"identical-seeds:{columns[response]}")
     if response == "R" and y.max() > 1:
         out.append(f"percent:{columns[response]}")
+    if line.noise.lack is not None:
+        out.append(f"lack-of-fit:{line.noise.lack:.1g}")
     return out
 
 
-@dataclass(frozen=True)
-class _Noise:
-    """A run's variance with its degrees of freedom; ``lack``: the p value of a lack of fit where that sets the variance."""
-
-    variance: float
-    dof: int
-    lack: float | None = None
-
-
-def _noise(best: _Rungs, off_line: float, alpha: float) -> _Noise:
-    """The replicates' variance, or the scatter of the rungs' means about the line where it is larger than that explains.
-
-    ``off_line``: the means' weighted sum of squares about the line, with K-2 degrees of freedom. Replicates may share what
-    differs between sizes (a backbone trained once), and curvature is not noise at all: in both cases the replicates' variance
-    would make the slope look surer than the ladder shows it. F test of lack of fit: Draper and Smith 1998, sec. 2.1.
-    """
-    from scipy.special import fdtrc, stdtrit
-
-    dof, spare = int(best.n.sum()) - len(best.n), len(best.n) - 2
-    within = float(best.squares.sum())
-    if within == 0:  # one seed, or seeds that do not differ: only the scatter about the line is left to tell the noise
-        return _Noise(off_line / spare if spare else np.inf, spare)
-    replicates = _Noise(within / dof, dof)
-    if not spare:
-        return replicates
-    lack = float(fdtrc(spare, dof, off_line / spare / replicates.variance))
-    if lack >= LACK_OF_FIT:
-        return replicates
-    about_line = _Noise(off_line / spare, spare, lack)
-    return max(replicates, about_line, key=lambda noise: float(stdtrit(noise.dof, 1 - alpha)) * noise.variance**0.5)
-
-
-def _judge(ladder: _Rungs, best: _Rungs, level: float, worthwhile: float, alpha: float, notes: list[str]) -> Saturation:
-    from scipy.special import stdtrit
-
-    centred = best.x - np.average(best.x, weights=best.n)
-    sxx = float(np.sum(best.n * centred**2))
-    slope = float(np.sum(best.n * centred * best.mean) / sxx)
-    off_line = float(np.sum(best.n * (best.mean - np.average(best.mean, weights=best.n) - slope * centred) ** 2))
-    noise = _noise(best, off_line, alpha)
-    if noise.lack is not None:
-        notes.append(f"lack-of-fit:{noise.lack:.1g}")
-    half = float(stdtrit(noise.dof, 1 - alpha)) * np.sqrt(noise.variance / sxx) if noise.dof else np.inf
-    low, high, d = slope - half, slope + half, worthwhile * level
-    grew = _grew(ladder, len(best.x), alpha, noise)
-    if high < 0:
-        verdict = "degrading"
-    elif high < d:
-        verdict = "saturated" if grew else "never scaled"
-    elif low > d:
-        verdict = "still scaling"
-    else:
-        verdict = "inconclusive"
-    smaller = len(ladder.x) > len(best.x)
-    reason = _reason(verdict, slope / level, low / level, high / level, worthwhile, alpha, best, noise, smaller)
-    return Saturation(
-        verdict=verdict,
-        gain_per_doubling=slope,
-        relative=slope / level,
-        low=low,
-        high=high,
+def _judge(line: Line, level: float, worthwhile: float, alpha: float, notes: list[str]) -> Saturation:
+    half, d = line.half(alpha), worthwhile * level
+    p_flat = line.p_under(d)
+    found = Saturation(
+        verdict="",
+        gain_per_doubling=line.slope,
+        relative=line.slope / level,
+        low=line.slope - half,
+        high=line.slope + half,
         level=level,
         worthwhile=worthwhile,
         alpha=alpha,
-        top_sizes=tuple(float(2.0**x) for x in best.x),
-        seeds=tuple(int(n) for n in best.n),
-        reason=reason,
+        top_sizes=tuple(float(2.0**x) for x in line.best.x),
+        seeds=tuple(int(n) for n in line.best.n),
+        reason="",
         warnings=tuple(notes),
+        standard_error=line.error,
+        dof=line.noise.dof,
+        p_saturated=max(p_flat, line.p_growth()),
+        p_flat=p_flat,
+        p_scaling=line.p_over(d),
+        p_degrading=line.p_under(0.0),
+        seeds_needed=None,
+        next_size=None,
+        line=line,
+    )
+    verdict = _verdict(found)
+    return _planned(replace(found, verdict=verdict, reason=_reason(found, verdict)), alpha)
+
+
+def _verdict(found: Saturation) -> str:
+    if found.p_degrading < found.alpha:
+        return "degrading"
+    if found.p_flat < found.alpha:
+        return "saturated" if found.p_saturated < found.alpha else "never scaled"
+    return "still scaling" if found.p_scaling < found.alpha else "inconclusive"
+
+
+def _planned(found: Saturation, alpha: float) -> Saturation:
+    """With what would decide an inconclusive verdict at level ``alpha``, as fields and at the end of the reason."""
+    if found.verdict != "inconclusive":
+        return replace(found, seeds_needed=None, next_size=None)
+    way = plan(found.line, found.worthwhile, alpha)
+    if way is None:
+        return replace(found, reason=f"{found.reason} A second run of each size would show it.")
+    return replace(
+        found,
+        seeds_needed=way.seeds,
+        next_size=way.step * found.top_sizes[-1] if way.step else None,
+        reason=f"{found.reason} {way.words()}",
     )
 
 
-def _grew(ladder: _Rungs, k: int, alpha: float, noise: _Noise) -> bool:
-    """Whether the top sizes' mean lies above the smallest size's: a one-sided t test with the variance of all replicates.
+def holm(saturations: Sequence[Saturation], alpha: float = 0.05) -> list[Saturation]:
+    """The verdicts of several curves, judged together.
 
-    ``noise``, of the top sizes' line, stands in where replicates show no variance and where they do not explain that line's
-    scatter.
+    Whatever is true of each, the chance that *any* of them is wrongly called saturated is at most ``alpha``; so is that of any
+    wrong `still scaling`, and of any wrong `degrading`.
+
+    Holm's step-down adjustment of the p values (Holm 1979, Scandinavian Journal of Statistics 6:65), one family per claim; it
+    assumes nothing of how the curves depend on each other. Returned in the given order, p values adjusted, with the warning
+    `holm:` and the number of curves. ``low`` and ``high`` stay those of each curve alone. What would decide is planned at
+    alpha / curves, the strictest level that Holm can ask for.
     """
-    from scipy.special import stdtrit
+    if not 0 < alpha < 0.5:
+        raise FitError(f"alpha {alpha} must be a share, such as 0.05")
+    # The verdicts alone are formed again, at this alpha: a second `holm` must neither adjust the first one's p values nor speak
+    # of it.
+    alone = [_judge(s.line, s.level, s.worthwhile, alpha, [w for w in s.warnings if w[:5] != "holm:"]) for s in saturations]
+    count = len(alone)
+    if count < 2:
+        return alone
+    flat, saturated = _holm([s.p_flat for s in alone]), _holm([s.p_saturated for s in alone])
+    scaling, degrading = _holm([s.p_scaling for s in alone]), _holm([s.p_degrading for s in alone])
+    out = []
+    for i, before in enumerate(alone):
+        found = replace(before, p_saturated=saturated[i], p_flat=flat[i], p_scaling=scaling[i], p_degrading=degrading[i])
+        verdict = _verdict(found)
+        reason = _reason(before, before.verdict)
+        if verdict == before.verdict:
+            reason += f" Judged together with the others of {count} curves (Holm), the verdict is the same."
+        else:
+            reason += f" That is this curve alone, {before.verdict}; among {count} curves (Holm) it is {verdict}."
+        found = replace(found, verdict=verdict, reason=reason, warnings=(*before.warnings, f"holm:{count}"))
+        out.append(_planned(found, alpha / count))
+    return out
 
-    if k == len(ladder.x):
-        return False
-    variance, dof = noise.variance, noise.dof
-    if ladder.squares.sum() > 0 and noise.lack is None:
-        dof = int(ladder.n.sum()) - len(ladder.n)
-        variance = float(ladder.squares.sum()) / dof
-    if not dof:
-        return False
-    top = ladder.last(k)
-    rise = float(np.average(top.mean, weights=top.n)) - float(ladder.mean[0])
-    return bool(rise > float(stdtrit(dof, 1 - alpha)) * np.sqrt(variance * (1 / top.n.sum() + 1 / ladder.n[0])))
+
+def _holm(p: Sequence[float]) -> list[float]:
+    order = np.argsort(p, kind="stable")
+    steps = np.arange(len(p), 0, -1) * np.asarray(p)[order]
+    out = np.empty(len(p))
+    out[order] = np.minimum(np.maximum.accumulate(steps), 1.0)
+    return [float(value) for value in out]
 
 
-def _reason(
-    verdict: str,
-    gain: float,
-    low: float,
-    high: float,
-    worthwhile: float,
-    alpha: float,
-    best: _Rungs,
-    noise: _Noise,
-    smaller: bool,
-) -> str:
+def _reason(found: Saturation, verdict: str) -> str:
+    line, level, worthwhile = found.line, found.level, found.worthwhile
+    best, noise = line.best, line.noise
     sizes_text = f"Over the {len(best.x)} largest sizes ({2 ** best.x[0]:.3g} to {2 ** best.x[-1]:.3g})"
-    if not np.isfinite(high):
-        return f"{sizes_text} a doubling changes the metric by {gain:+.2%}; two points without repeats do not show their noise."
-    start = f"{sizes_text} a doubling changes the metric by {gain:+.2%} ({1 - 2 * alpha:.0%} interval {low:+.2%} to {high:+.2%})"
+    change = f"{sizes_text} a doubling changes the metric by {found.relative:+.2%}"
+    if not np.isfinite(found.high):
+        return f"{change}; two points without repeats do not show their noise."
+    start = f"{change} ({1 - 2 * found.alpha:.0%} interval {found.low / level:+.2%} to {found.high / level:+.2%})"
+    smaller = line.k < len(line.ladder.x)
     ends = {
         "saturated": f"less than the smallest worthwhile gain of {worthwhile:.2%}, after growth at smaller sizes.",
         "never scaled": f"less than the smallest worthwhile gain of {worthwhile:.2%}, and "

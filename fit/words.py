@@ -1,9 +1,13 @@
 """What each coded warning means, in a sentence."""
 
 _WORDS = {
+    "dead": "{} contributes nothing over the fitted sizes: under a thousandth of the metric's range.",
+    "log-linear": "The power term {} is a logarithm in disguise over these sizes: exponent and coefficient mean nothing apart.",
+    "constant": "{} does not vary in this table, so nothing can be learnt of its part.",
+    "collinear": "The sizes {} vary together, so their parts cannot be told from each other.",
     "unidentified": "The data do not pin down {}; do not quote it as a number.",
     "bound": "{} ended at the edge of its allowed range.",
-    "start": "Only {} starting points of the search reached the best fit, so another fit of the same quality may exist.",
+    "start": "Of the starting points of the search {} reached the best fit, so another fit of the same quality may exist.",
     "not-optimal": "The search stopped before an optimum (scaled gradient {}).",
     "no-spare-sizes": "As many parameters as sizes ({}): the law runs through the points and cannot be checked.",
     "seeds": "One seed only: the intervals come from the scatter about the law, not from repeated runs.",
@@ -14,6 +18,13 @@ _WORDS = {
     "lack-of-fit": "The largest sizes do not lie on a line within their seeds' noise (p = {}): either the curve bends there, "
     "or sizes differ by what their seeds share.",
     "narrow": "The largest sizes span only {}.",
+    "holm": "The verdict was judged together with those of {} curves in all (Holm); its interval is of this curve alone.",
+    "law-misfit": "The law does not describe the sizes within their seeds' noise (p = {}), so no saturation size is read off it.",
+    "law-untested": "Whether {} describes the sizes cannot be tested (no repeated runs, or as many parameters as sizes), so no "
+    "saturation size is read off it.",
+    "from-start": "By this law a doubling is not worth it at any fitted size; the saturation size is at or below the smallest.",
+    "beyond": "By this law a doubling is still worth it {} beyond the largest fitted size.",
+    "no-draws": "No interval: it needs the draws of a bootstrap.",
 }
 
 
