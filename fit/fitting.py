@@ -12,6 +12,7 @@ from fit.problem import LOSSES, Problem
 from fit.result import FitResult, Prediction
 from fit.solve import AT_OPTIMUM, Solution, solve, solve_tables
 from fit.tables import Floats, TableLike, labels, numbers, read_table, rungs, sizes
+from fit.tables import weights as weights_of
 from fit.uncertainty import METHODS, PARAM_LEVEL, Design, margins, noise, resample, tail
 from fit.verdict import Saturation, saturation
 
@@ -55,7 +56,7 @@ def fit_law(
     values = {role: sizes(rows, columns[role], role) for role in which.sizes}
     y = numbers(rows, columns[which.response], which.response)
     which, lost = hold_lost(which, values)
-    problem = _problem(which, values, y, loss, delta, sizes(rows, weights, "the weights") if weights else np.ones(len(y)))
+    problem = _problem(which, values, y, loss, delta, weights_of(rows, weights) if weights else np.ones(len(y)))
     design, method = _design(rows, rungs(list(values.values())), cluster)
     _carries(which, columns, y, design, problem)
     best = solve(problem)

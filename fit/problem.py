@@ -31,6 +31,8 @@ class Problem:
     loss: str
     delta: float
     scale: float = 1.0
+    around: Mapping[str, Floats] | None = None
+    """Logarithms of the sizes that shapes are centred at, where they are not these rows' own."""
 
     @property
     def log(self) -> bool:
@@ -38,8 +40,8 @@ class Problem:
 
     @cached_property
     def refs(self) -> dict[str, Floats]:
-        """Logarithms of the sizes' geometric means, (1,) each."""
-        return {role: np.atleast_1d(values.mean()) for role, values in self.logs.items()}
+        """Logarithms of the sizes that shapes are centred at, (1,) each: their geometric means."""
+        return dict(self.around) if self.around else {role: np.atleast_1d(values.mean()) for role, values in self.logs.items()}
 
     @cached_property
     def bounds(self) -> tuple[Floats, Floats]:

@@ -3,6 +3,7 @@
 Variable projection: Golub and Pereyra 1973 (SIAM J. Numer. Anal. 10:413).
 """
 
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
@@ -12,13 +13,14 @@ from fit.laws import Nonlinear
 from fit.problem import Problem
 from fit.tables import Floats
 
+ROWS = 2000
 TICKS = {1: 40, 2: 20, 3: 12, 4: 8}
 """Grid points along each of so many nonlinear parameters; more of them get 6."""
 
 
 def starts(problem: Problem, count: int) -> Floats:
     """(up to ``count``, params): the best grid points of the problem's first table that are not each other's neighbours."""
-    one = problem.take(np.zeros(1, dtype=np.intp))
+    one = _some_rows(problem.take(np.zeros(1, dtype=np.intp)))
     cells, theta = grid(one)
     basis = one.basis(theta)
     c = _linear(one, basis)
@@ -36,6 +38,18 @@ def starts(problem: Problem, count: int) -> Floats:
         if all(np.max(np.abs(cells[i] - cells[j]), initial=0) > 1 for j in chosen):
             chosen.append(int(i))
     return np.concatenate([c[chosen], theta[chosen]], axis=1)
+
+
+def _some_rows(problem: Problem) -> Problem:
+    """At most `ROWS` of them, evenly by size: enough to tell where to start, and a grid over all rows of a large table takes most
+    of its fit's time."""
+    count = problem.y.shape[1]
+    if count <= ROWS:
+        return problem
+    order = np.lexsort((problem.y[0], *problem.logs.values()))
+    kept = order[np.linspace(0, count - 1, ROWS).round().astype(np.intp)]
+    logs = {role: values[kept] for role, values in problem.logs.items()}
+    return replace(problem, logs=logs, y=problem.y[:, kept], weights=problem.weights[:, kept], around=problem.refs)
 
 
 def grid(problem: Problem) -> tuple[np.ndarray, Floats]:

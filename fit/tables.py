@@ -120,10 +120,19 @@ def _number(cell: Any, name: str, row: int) -> float:
 
 def sizes(table: pa.Table, name: str, role: str) -> Floats:
     """A column of sizes: finite and above zero."""
+    return _positive(table, name, role, "sizes")
+
+
+def weights(table: pa.Table, name: str) -> Floats:
+    """A column of weights: finite and above zero."""
+    return _positive(table, name, "the weights", "weights")
+
+
+def _positive(table: pa.Table, name: str, role: str, what: str) -> Floats:
     values = numbers(table, name, role)
     bad = np.flatnonzero(values <= 0)
     if bad.size:
-        raise FitError(f"column {name!r} (for {role}), row {bad[0] + 1}: {values[bad[0]]:g}; sizes must be above zero")
+        raise FitError(f"column {name!r} (for {role}), row {bad[0] + 1}: {values[bad[0]]:g}; {what} must be above zero")
     return values
 
 

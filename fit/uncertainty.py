@@ -28,10 +28,11 @@ class Design:
     def groups(self) -> list[list[NDArray[np.intp]]]:
         """For each rung, its replicates' row numbers."""
         replicate = np.arange(len(self.rung)) if self.replicate is None else self.replicate
-        out = []
-        for r in range(self.rung.max() + 1):
-            rows = np.flatnonzero(self.rung == r)
-            out.append([rows[replicate[rows] == s] for s in np.unique(replicate[rows])])
+        order = np.lexsort((replicate, self.rung))
+        out: list[list[NDArray[np.intp]]] = [[] for _ in range(self.rung.max() + 1)]
+        changes = np.flatnonzero((np.diff(self.rung[order]) != 0) | (np.diff(replicate[order]) != 0)) + 1
+        for rows in np.split(order, changes):
+            out[self.rung[rows[0]]].append(rows)
         return out
 
     @property
@@ -57,6 +58,8 @@ def _counts(design: Design, method: str, needed: int, draws: int, rng: np.random
     has no fit and is drawn again."""
     units = np.arange(len(design.rung)) if method == "rows" else design.rung
     n, rungs = int(units.max()) + 1, int(design.rung.max()) + 1
+    order = np.argsort(design.rung, kind="stable")
+    first = np.searchsorted(design.rung[order], np.arange(rungs))
     out = np.empty((draws, len(units)))
     todo = np.arange(draws)
     while len(todo):
@@ -64,8 +67,8 @@ def _counts(design: Design, method: str, needed: int, draws: int, rng: np.random
         counts = np.zeros((len(todo), n))
         np.add.at(counts, (np.arange(len(todo))[:, None], picks), 1.0)
         out[todo] = counts[:, units]
-        seen = (out[todo] > 0) @ np.eye(rungs)[design.rung]  # rows of each rung that were drawn
-        todo = todo[np.sum(seen > 0, axis=1) < min(needed, rungs)]
+        drawn = np.add.reduceat(out[todo][:, order], first, axis=1)  # rows of each rung
+        todo = todo[np.sum(drawn > 0, axis=1) < min(needed, rungs)]
     return out
 
 

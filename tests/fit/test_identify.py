@@ -145,3 +145,33 @@ def test_a_new_run_scatters_more_than_the_mean():
 def test_every_code_has_its_words():
     for code in ("dead:B", "log-linear:A", "constant:N_LLM", "collinear:N~D", "start:unmoved", "unidentified:B,b"):
         assert explain(code) != code
+
+
+def test_a_large_table_is_fitted_from_a_part_of_its_rows_and_by_all_of_them():
+    rng = np.random.default_rng(0)
+    N, D = np.exp(rng.uniform(17, 23, 5000)), np.exp(rng.uniform(20, 26, 5000))
+    truth = 1.8 + 480 / N**0.35 + 2100 / D**0.37
+    L = truth * np.exp(0.01 * rng.normal(size=5000))
+    result = fit_law({"N": N, "D": D, "L": L}, "chinchilla", {"N": "N", "D": "D", "L": "L"}, loss="least-squares", bootstrap=20)
+    assert result.objective <= np.sum((truth - L) ** 2) and result.gradient < 1e-6 and result.starts == (6, 6)
+    assert result.params["a"] == pytest.approx(0.35, abs=0.02) and result.intervals["a"][0] < 0.35 < result.intervals["a"][1]
+
+
+@pytest.mark.parametrize("method", ["rows", "sizes"])
+def test_draws_count_rows_and_keep_enough_sizes(method):
+    from fit.uncertainty import Design, _counts
+
+    rung = np.repeat([2, 0, 1, 3], 2)
+    counts = _counts(Design(rung), method, 3, 500, np.random.default_rng(0))
+    assert counts.shape == (500, 8) and np.all(counts.sum(axis=1) == 8)
+    assert min(len(set(rung[row > 0])) for row in counts) == 3
+    if method == "sizes":
+        assert all(np.ptp(counts[:, rung == r], axis=1).max() == 0 for r in range(4))
+
+
+def test_replicates_are_grouped_by_size_and_label():
+    from fit.uncertainty import Design
+
+    design = Design(np.array([1, 0, 1, 0, 1]), np.array([0, 5, 1, 5, 0]))
+    assert [[sorted(rows) for rows in group] for group in design.groups] == [[[1, 3]], [[0, 4], [2]]]
+    assert design.dof == 1
