@@ -145,7 +145,6 @@ def main(stage: str, body: Callable[[Context[Any]], None]) -> NoReturn:
         if context.is_main:
             lock = _lock(context)  # noqa: F841 -- held as long as the process lives
             work = context.work
-            _sweep(context)
         finished = read_manifest(context.out)
         if finished is None:
             _run_body(context, body)
@@ -213,27 +212,16 @@ def _lock(context: Context[Any]) -> TextIO:
     return file
 
 
-def _sweep(context: Context[Any]) -> None:
-    """Removes the folder aside that a killed run of the same work folder left; `_run_body` noted its name."""
-    note = context.work / ".aside"
-    if note.is_file():
-        name = note.read_text()
-        if name.startswith(f".{context.out.name}."):
-            shutil.rmtree(context.out.with_name(name), ignore_errors=True)
-        note.unlink()
-
-
 def _run_body(context: Context[Any], body: Callable[[Context[Any]], None]) -> None:
     started = time.time()
     if not context.is_main:
         body(context)  # only the first process writes: the others compute beside it
         return
     (context.work / "failure.json").unlink(missing_ok=True)
-    final, note = context.out, context.work / ".aside"
+    final = context.out
     if os.path.lexists(final) and not (final.is_dir() and not any(final.iterdir())):
         raise UserError(f"run.yaml: out: {final} is there and no finished artifact; name another folder, or remove that one")
     with whole_folder(final) as aside:
-        note.write_text(aside.name)
         context.out = aside
         body(context)
         run = context.run
@@ -247,7 +235,6 @@ def _run_body(context: Context[Any], body: Callable[[Context[Any]], None]) -> No
             started=started,
             facts=context.facts,
         )
-    note.unlink()
     shutil.rmtree(context.work / "checkpoint", ignore_errors=True)  # the artifact is in place: nothing reads them any more
 
 

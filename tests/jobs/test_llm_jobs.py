@@ -91,8 +91,8 @@ def test_twins_are_one_under_merge_and_rank_one_after_the_other_under_expand(job
     jobs.run("pretrain_llm", "twins-backbone", pretrain, split="twins-split")
     inputs, ranks = {"split": "twins-split", "backbone": "twins-backbone"}, {}
     for policy in ("merge", "expand"):
-        jobs.run("train_llm", policy, training(steps=4) | {"shared_titles": policy}, **inputs)
-        done = jobs.run("evaluate_llm", f"{policy}d", {}, model=policy, **inputs)
+        trained = jobs.run("train_llm", f"twins-{policy}", training(steps=4) | {"shared_titles": policy}, **inputs)
+        done = jobs.run("evaluate_llm", f"twins-{policy}d", {}, model=trained.out.name, **inputs)
         assert done.facts["shared_titles_policy"] == policy and done.facts["items_with_shared_title"] == 20
         ranks[policy] = pq.read_table(done.out / "hits.parquet")["rank"].to_numpy()
         assert done.facts["recall@5"] == pytest.approx((ranks[policy] <= 5).mean())
