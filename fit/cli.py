@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,7 +10,6 @@ from fit.errors import FitError
 
 if TYPE_CHECKING:
     from fit.result import FitResult
-    from fit.tables import Floats
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,21 +31,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--loss", default="log-huber", help="log-huber (default), huber, l1 or least-squares")
     parser.add_argument("--delta", type=float, help="where Huber turns from square to absolute (default 1e-3)")
+    parser.add_argument(
+        "--bounds", action="append", default=[], metavar="PARAMETER=LOW:HIGH", help="search only there (may be repeated)"
+    )
+    parser.add_argument("--fix", action="append", default=[], metavar="PARAMETER=VALUE", help="hold it there (may be repeated)")
+    parser.add_argument("--weights", metavar="COLUMN", help="weights of the rows")
     parser.add_argument("--bootstrap", type=int, default=0, metavar="DRAWS", help="draws for the intervals (default 0: none)")
     parser.add_argument(
-        "--cluster", default="auto", metavar="COLUMN", help="replicates to draw (default: seed if there), or rows"
+        "--cluster",
+        default="auto",
+        metavar="COLUMN",
+        help="what is drawn: a column of replicates (default: seed, if there), rows, sizes, residuals or parametric",
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the bootstrap")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     parser.add_argument(
-        "--out", type=Path, metavar="DIR", help="also write fit.json, draws.csv and, for one size, a figure there"
+        "--out", type=Path, metavar="DIR", help="also write report.html, its figures (PNG, SVG), fit.json and draws.csv there"
     )
 
 
 def run(args: argparse.Namespace) -> int:
     """0, or 2 with one line on stderr for a mistake of the user's."""
     from fit.fitting import fit_law
-    from fit.tables import numbers, read_table, where
+    from fit.tables import read_table, where
 
     try:
         table = where(read_table(args.table), _pairs(args.where, "--where"))
@@ -60,9 +66,16 @@ def run(args: argparse.Namespace) -> int:
             bootstrap=args.bootstrap,
             seed=args.seed,
             cluster=args.cluster,
+            bounds={name: _bounds(text) for name, text in _pairs(args.bounds, "--bounds").items()},
+            fixed={name: _number(text, "--fix") for name, text in _pairs(args.fix, "--fix").items()},
+            weights=args.weights,
         )
         if args.out:
-            write(result, {role: numbers(table, name, role) for role, name in result.columns.items()}, args.out)
+            from fit.page import write
+
+            source = " ".join([args.table, *args.where])
+            constrained = bool(args.bounds or args.fix or args.weights)
+            write(result, table, args.out, source, args.cluster, constrained)
     except (FitError, OSError) as error:
         print(f"grscale fit: {error}", file=sys.stderr)
         return 2
@@ -87,6 +100,20 @@ def _pairs(texts: list[str], option: str) -> dict[str, str]:
     return pairs
 
 
+def _bounds(text: str) -> tuple[float, float]:
+    low, colon, high = text.partition(":")
+    if not colon:
+        raise FitError(f"--bounds: {text!r} is not of the form LOW:HIGH, such as 0.1:2")
+    return _number(low, "--bounds"), _number(high, "--bounds")
+
+
+def _number(text: str, option: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise FitError(f"{option}: {text!r} is not a number") from None
+
+
 def readable(result: "FitResult") -> str:
     """The result as lines of text: parameters with intervals, objective, verdict, warnings in words."""
     from fit.words import explain
@@ -94,11 +121,15 @@ def readable(result: "FitResult") -> str:
     lines = [f"{result.law}: {result.definition.formula}   ({result.n} rows, {result.loss})", ""]
     width = max(len(name) for name in result.params)
     for name, value in result.params.items():
-        line = f"  {name:<{width}}  {value:>12.6g}"
-        if name in result.intervals:
-            low, high = result.intervals[name]
+        # Where the data leave a parameter open, a number to copy would mislead.
+        point = "not identified" if name in result.unidentified else f"{value:.6g}"
+        line = f"  {name:<{width}}  {point:>14}"
+        low, high = result.intervals.get(name, (value, value))
+        if low < high:  # a parameter that is held is the same in every draw
             line += f"   95% {low:.6g} to {high:.6g}"
         lines.append(line)
+    if result.reduced is not None:
+        lines.append(f"what these data do identify: {result.reduced}")
     lines += ["", f"objective {result.objective:.10g} (sum over rows)"]
     if result.aicc is not None:
         lines.append(f"AICc {result.aicc:.2f}")
@@ -109,53 +140,3 @@ def readable(result: "FitResult") -> str:
     if not result.intervals:
         lines.append("no intervals: --bootstrap 1000 gives them")
     return "\n".join(lines)
-
-
-def write(result: "FitResult", points: "dict[str, Floats]", out: Path) -> None:
-    """Writes fit.json, draws.csv (if any) and, for a law of one size, fit.png and fit.svg, each file whole, into ``out``."""
-    import io
-
-    import numpy as np
-
-    out.mkdir(parents=True, exist_ok=True)
-    _whole(out / "fit.json", json.dumps(result.to_json(), indent=1, allow_nan=False).encode() + b"\n")
-    if len(result.draws):
-        text = io.StringIO()
-        np.savetxt(text, result.draws, delimiter=",", header=",".join(result.params), comments="")
-        _whole(out / "draws.csv", text.getvalue().encode())
-    if len(result.sizes) == 1:
-        for kind in ("png", "svg"):
-            _whole(out / f"fit.{kind}", figure(result, points, kind))
-
-
-def figure(result: "FitResult", points: "dict[str, Floats]", kind: str) -> bytes:
-    """Points, law and 90% band over the fitted range, for a law of one size N."""
-    import io
-
-    import matplotlib
-    import numpy as np
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    response = next(role for role in points if role != "N")
-    low, high = result.sizes["N"]
-    N = np.geomspace(low, high, 200)
-    curve = result.predict({"N": N, result.columns["N"]: N})
-    with matplotlib.rc_context({"svg.hashsalt": "fit", "svg.fonttype": "path"}):
-        canvas = Figure(figsize=(6.4, 4.2), layout="constrained")
-        FigureCanvasAgg(canvas)
-        axes = canvas.add_subplot(xscale="log", xlabel=result.columns["N"], ylabel=result.columns[response])
-        if curve.low is not None and curve.high is not None:
-            axes.fill_between(N, curve.low, curve.high, alpha=0.2, linewidth=0, label="90% interval of the mean")
-        axes.plot(N, curve.value, label=result.law)
-        axes.plot(points["N"], points[response], "k.", alpha=0.6)
-        axes.legend(frameon=False)
-        buffer = io.BytesIO()
-        canvas.savefig(buffer, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else {"Software": None})
-    return buffer.getvalue()
-
-
-def _whole(path: Path, content: bytes) -> None:
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_bytes(content)
-    aside.replace(path)

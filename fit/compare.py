@@ -260,7 +260,7 @@ def _test(small: str, large: str, maxima: Mapping[str, _Maximum], draws: int, rn
         squares[law][0] = min(squares[law][0], maxima[law].squares)
     floor = _EXACT * n
     ratio = n * np.log(np.maximum(squares[small], floor) / np.maximum(np.minimum(squares[large], squares[small]), floor))
-    p = (1 + int(np.sum(ratio[1:] >= ratio[0]))) / (1 + draws)
+    p = (1 + int(np.sum(~(ratio[1:] < ratio[0])))) / (1 + draws)  # a draw that nothing fits speaks for the smaller law
     sd *= 1.0 if at.problem.log else at.problem.scale
     return LikelihoodRatio(NESTED[small, large][0], small, large, float(ratio[0]), p, draws, sd, dof, source)
 

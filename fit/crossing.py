@@ -97,6 +97,8 @@ def crossover(
     kinds = [fit.definition.response for fit in (one, other)]
     if kinds[0] != kinds[1]:
         raise FitError(f"law {one.law} is of {kinds[0]} and law {other.law} of {kinds[1]}; a gain and a loss do not cross")
+    if kinds[0] not in ("R", "L"):
+        raise FitError(f"law {one.law} is of {kinds[0]}: name the metric R (more is better) or L (less is better)")
     if not 0 < interval < 1:
         raise FitError(f"interval {interval} is not between 0 and 1, such as 0.9")
     roles = [_moving(fit, size[i] if size else None, at[i]) for i, fit in enumerate((one, other))]

@@ -81,9 +81,9 @@ def next_experiment(
 
     ``candidates``: a table of sizes, in columns named as in ``columns`` or as in the law; its column ``cost`` is what one run
     costs (without it, all cost 1). ``target``: sizes, such as ``{"N": 1e9}``, whose predicted mean is wanted, or `slope`: the
-    gain per doubling over the top sizes, which the saturation verdict is about (laws of one size; a new largest size takes the place
-    of the smallest of the top ones, one among them joins them). The other arguments are those of `fit_law`; the draws show whether the ranking would stand were the
-    law's parameters others that fit.
+    gain per doubling over the top sizes, which the saturation verdict is about (laws of one size; a new largest size takes the
+    place of the smallest of the top ones, one among them joins them). The other arguments are those of `fit_law`; the draws show
+    whether the ranking would stand were the law's parameters others that fit.
 
     Raises FitError for a table that has no fit, or no verdict for `slope`, and for candidates without a size or a positive cost.
     """
@@ -183,7 +183,8 @@ def _free(result: FitResult, J: Floats) -> NDArray[np.bool_]:
 
     One at a bound counts as free: that a floor is 0 by these runs is no certainty about the next.
     """
-    fixed = np.array([t.lower == t.upper for t in (*result.definition.terms, *result.definition.thetas)])
+    law = result.definition
+    fixed = np.array([t.lower == t.upper for t in law.terms] + [t.lower == t.upper for t in law.thetas])
     return np.asarray(~fixed & np.isfinite(J).all(axis=0) & (np.abs(J).max(axis=0) > 0))
 
 

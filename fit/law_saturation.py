@@ -87,7 +87,7 @@ def _lack_of_fit(result: "FitResult", table: TableLike) -> float | None:
     N, y = sizes(rows, result.columns["N"], "N"), numbers(rows, result.columns[response], response)
     if len(y) != result.n:
         raise FitError(f"the table has {len(y)} rows and the law was fitted to {result.n}; give the rows of the fit")
-    fitted = result.predict(rows).value
+    fitted = replace(result, draws=result.draws[:0]).predict(rows).value
     r: Floats = y - fitted if result.loss in ("least-squares", "huber") else np.log(y) - np.log(fitted)
     rung = rungs([N])
     n = np.bincount(rung)

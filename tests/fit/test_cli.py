@@ -51,14 +51,12 @@ def test_readable_table(points, capsys):
     assert "--bootstrap 1000 gives them" in capsys.readouterr().out
 
 
-def test_out_writes_the_fit_the_draws_and_a_figure(points, tmp_path, capsys):
+def test_out_writes_the_fit_the_draws_and_a_page(points, tmp_path, capsys):
     out = tmp_path / "out"
     assert call(points, *CEILING, "--bootstrap", 40, "--out", out) == 0
-    assert {path.name for path in out.iterdir()} == {"fit.json", "draws.csv", "fit.png", "fit.svg"}
+    assert {"report.html", "fit.json", "draws.csv", "fit.png", "fit.svg"} <= {path.name for path in out.iterdir()}
     assert np.loadtxt(out / "draws.csv", delimiter=",", skiprows=1).shape == (40, 3)
-    first = (out / "fit.svg").read_bytes()
-    assert call(points, *CEILING, "--bootstrap", 40, "--out", out) == 0
-    assert (out / "fit.svg").read_bytes() == first
+    assert f"{points} paradigm=sid" in (out / "report.html").read_text()
     assert json.loads((out / "fit.json").read_text())["law"] == "ceiling"
     assert str(out) in capsys.readouterr().out
 
@@ -97,3 +95,28 @@ def test_importing_is_quick_and_light():
     began = time.monotonic()
     subprocess.run([sys.executable, "-c", code], check=True)
     assert time.monotonic() - began < 5
+
+
+def test_bounds_fixed_values_and_weights(points, capsys):
+    assert call(points, *CEILING, "--fix", "R0=0.11", "--bounds", "a=0.1:0.9", "--json") == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["params"]["R0"]["value"] == 0.11 and 0.1 <= document["params"]["a"]["value"] <= 0.9
+    assert call(points, *CEILING, "--weights", "seed") == 2  # a seed of 0 is no weight
+    assert "sizes must be above zero" not in (err := capsys.readouterr().err) and "above zero" in err
+    for words, message in (
+        (["--bounds", "a=1"], "--bounds: '1' is not of the form LOW:HIGH, such as 0.1:2"),
+        (["--fix", "a=x"], "--fix: 'x' is not a number"),
+        (["--fix", "q=1"], "no parameter 'q'; it has R0, A, a"),
+        (["--bounds", "a=2:1"], "a: bounds 2 to 1 are not from low to high"),
+    ):
+        assert call(points, *CEILING, *words) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_what_is_not_identified_is_no_number_to_copy(points, capsys):
+    words = ["--law", "ceiling", "--columns", "N=Model Size,R=recall", "--where", "paradigm=llm", "--loss", "least-squares"]
+    assert call(points, *words, "--bootstrap", 40) == 0
+    lines = capsys.readouterr().out.splitlines()
+    (line,) = [line for line in lines if line.strip().startswith("a ")]
+    assert "not identified   95%" in line
+    assert any(line.startswith("warning unidentified:") for line in lines)
