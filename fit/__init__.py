@@ -11,26 +11,51 @@ from typing import TYPE_CHECKING, Any
 from fit.errors import FitError
 
 if TYPE_CHECKING:
+    from fit.allocation import Allocation, allocate
+    from fit.compare import Comparison, compare_laws
+    from fit.crossing import Crossover, crossover
+    from fit.experiment import NextExperiment, next_experiment
     from fit.fitting import fit_law
+    from fit.holdout import Holdout, leave_largest_out
     from fit.law_saturation import SaturationSize, saturation_size
     from fit.result import FitResult, Prediction
     from fit.verdict import Saturation, holm, saturation
     from fit.words import explain
 
 __all__ = [
+    "Allocation",
+    "Comparison",
+    "Crossover",
     "FitError",
     "FitResult",
+    "Holdout",
+    "NextExperiment",
     "Prediction",
     "Saturation",
     "SaturationSize",
+    "allocate",
+    "compare_laws",
+    "crossover",
     "explain",
     "fit_law",
     "holm",
+    "leave_largest_out",
+    "next_experiment",
     "saturation",
     "saturation_size",
 ]
 
 _HOME = {
+    "Allocation": "fit.allocation",
+    "allocate": "fit.allocation",
+    "Comparison": "fit.compare",
+    "compare_laws": "fit.compare",
+    "Crossover": "fit.crossing",
+    "crossover": "fit.crossing",
+    "NextExperiment": "fit.experiment",
+    "next_experiment": "fit.experiment",
+    "Holdout": "fit.holdout",
+    "leave_largest_out": "fit.holdout",
     "FitResult": "fit.result",
     "Prediction": "fit.result",
     "fit_law": "fit.fitting",

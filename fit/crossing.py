@@ -105,7 +105,7 @@ def crossover(
     maps = [_inverse(fit, roles[i], by[i] if by else None) for i, fit in enumerate((one, other))]
     low, high = _range([(one, roles[0]), (other, roles[1])], maps, within)
     x = np.linspace(np.log(low), np.log(high), _POINTS)
-    curves = [_curves(fit, roles[i], maps[i].size(x), at[i]) for i, fit in enumerate((one, other))]
+    curves = [_along(fit, roles[i], maps[i].size(x), at[i]) for i, fit in enumerate((one, other))]
     draws = min(len(curve) for curve in curves)
     lead = (curves[1][:draws] - curves[0][:draws]) * (1.0 if kinds[0] == "R" else -1.0)
     winner = "other" if lead[0, -1] > 0 else "one"
@@ -171,10 +171,10 @@ def _range(fits: list[tuple[FitResult, str]], maps: list[_Map], within: tuple[fl
     return low, high
 
 
-def _curves(fit: FitResult, role: str, log_size: Floats, at: Mapping[str, float]) -> Floats:
+def _along(fit: FitResult, role: str, log_size: Floats, at: Mapping[str, float]) -> Floats:
     """(1 + draws, points)."""
     logs = {name: np.full(len(log_size), np.log(at[name])) for name in fit.definition.sizes if name != role}
-    return fit._curves({**logs, role: log_size})
+    return fit.curves({**logs, role: log_size})
 
 
 def _takes_the_lead(lead: Floats, x: Floats) -> Floats:

@@ -81,7 +81,7 @@ class Holdout:
 
     @property
     def bias(self) -> float:
-        """Mean relative error with its sign: above zero where the law promised more than came."""
+        """Mean relative error with its sign: above zero where the law predicted more than came."""
         return float(np.mean([row.error for row in self.rows]))
 
     @property

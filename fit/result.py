@@ -85,7 +85,7 @@ class FitResult:
         for role in self.definition.sizes:
             name = self.columns[role]
             values[role] = sizes(rows, name if name in rows.column_names or role not in rows.column_names else role, role)
-        curves = self._curves({role: np.log(v) for role, v in values.items()})
+        curves = self.curves({role: np.log(v) for role, v in values.items()})
         low = high = None
         if len(self.draws):
             share, spread = tail(interval, self.bootstrap["dof"]), curves[1:]
@@ -96,7 +96,7 @@ class FitResult:
         beyond, distance = extrapolation(values, self.sizes)
         return Prediction(curves[0], low, high, distance, (f"extrapolates:{beyond:.1f}x",) if beyond > 1.0 + 1e-9 else ())
 
-    def _curves(self, logs: dict[str, Floats]) -> Floats:
+    def curves(self, logs: dict[str, Floats]) -> Floats:
         """(1 + draws, rows): the fit's and each draw's metric."""
         law, p = self.definition, np.array([list(self.params.values()), *self.draws])
         m = len(law.terms)

@@ -170,11 +170,12 @@ def _blocked(p: Floats, g: Floats, lower: Floats, upper: Floats) -> np.ndarray:
 
 def _steps(g: Floats, hessian: Floats, majorant: Floats, free: np.ndarray, damping: Floats) -> tuple[Floats, np.ndarray]:
     """Each row's step, and whether it is one: downhill, and of a matrix that has an inverse."""
-    # Far from an optimum steps shrink along the reweighted Gauss-Newton direction, which follows the valley; the diagonal, which
-    # does not, is the last resort where a bound cuts that direction off.
+    # Far from an optimum steps shrink along the reweighted Gauss-Newton direction, which follows the valley. A little of its
+    # diagonal holds back the directions that it does not see; all of it is the last resort where a bound cuts the valley off.
     diagonal = np.einsum("tii->ti", majorant)
     identity = np.eye(g.shape[1])
-    blend = np.where((damping < 1e6)[:, None, None], majorant, diagonal[:, :, None] * identity)
+    spread = diagonal[:, :, None] * identity
+    blend = np.where((damping < 1e6)[:, None, None], majorant + 0.03 * spread, spread)
     matrix = hessian + damping[:, None, None] * blend
     root = np.sqrt(np.maximum(diagonal, 1e-300))
     matrix = matrix / (root[:, :, None] * root[:, None, :]) + 1e-14 * identity

@@ -24,6 +24,8 @@ _WORDS = {
     "saturation size is read off it.",
     "from-start": "By this law a doubling is not worth it at any fitted size; the saturation size is at or below the smallest.",
     "beyond": "By this law a doubling is still worth it {} beyond the largest fitted size.",
+    "no-optimum": "In {} of the draws one of the law's terms is nothing, so that no split of compute is optimal.",
+    "crossings": "The two curves cross {} times within reach; the last crossing is given, from which on the winner stays ahead.",
     "no-draws": "No interval: it needs the draws of a bootstrap.",
 }
 
@@ -31,4 +33,6 @@ _WORDS = {
 def explain(warning: str) -> str:
     """A sentence for a coded warning such as ``unidentified:A,a``; an unknown code is returned as it is."""
     code, _, what = warning.partition(":")
+    if code in ("one", "other"):  # of two laws that were compared
+        return f"The {'first' if code == 'one' else 'second'} law: {explain(what)}"
     return _WORDS[code].format(what.replace(",", ", ")) if code in _WORDS else warning

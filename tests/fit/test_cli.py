@@ -120,3 +120,13 @@ def test_what_is_not_identified_is_no_number_to_copy(points, capsys):
     (line,) = [line for line in lines if line.strip().startswith("a ")]
     assert "not identified   95%" in line
     assert any(line.startswith("warning unidentified:") for line in lines)
+
+
+def test_every_name_of_the_package_can_be_had_and_every_code_has_words():
+    import fit
+
+    for name in fit.__all__:
+        assert getattr(fit, name) is not None
+    assert fit.explain("one:dead:B").startswith("The first law: B contributes nothing")
+    for code in ("no-optimum:3.0%", "crossings:3"):
+        assert fit.explain(code) != code
