@@ -77,19 +77,36 @@ def _by_seeds(problem: Problem, design: Design, draws: int, rng: np.random.Gener
 
     A rung's own two or three deviations can take only a few values, and intervals from them were measured to hold the truth 80%
     of the time at a nominal 95% (2 seeds). Drawing n replicates from n shows (n-1)/n of their variance; the deviations are
-    widened by sqrt(n/(n-1)) (Davison and Hinkley 1997, sec. 2.3).
+    widened by sqrt(n/(n-1)) (Davison and Hinkley 1997, sec. 2.3). Where noise grows with the metric they are pooled, and drawn,
+    in units of a power of it.
     """
     y = np.log(problem.y[0]) if problem.log else problem.y[0]
     centre, pool, owner, replicates = np.empty_like(y), [], np.empty(len(y), dtype=np.intp), 0
+    power = _noise_power(y, design)
     for group in design.groups:
         means = np.array([y[rows].mean() for rows in group])
         centre[np.concatenate(group)] = means.mean()
         n = len(means)
         if n > 1:
-            pool.append((means - means.mean()) * np.sqrt(n / (n - 1)))
+            pool.append((means - means.mean()) * np.sqrt(n / (n - 1)) / abs(means.mean()) ** power)
         for rows in group:
             owner[rows], replicates = replicates, replicates + 1
-    return centre, rng.choice(np.concatenate(pool), size=(draws, replicates))[:, owner]
+    return centre, rng.choice(np.concatenate(pool), size=(draws, replicates))[:, owner] * np.abs(centre) ** power
+
+
+def _noise_power(y: Floats, design: Design) -> float:
+    """Of the powers of the metric's mean that its standard deviation may grow with (0 not at all, .5 as a count's, 1 in
+    proportion), the likeliest under normal noise, by the replicates' likelihood given their means."""
+    groups = [y[np.concatenate(group)] for group in design.groups if len(group) > 1]
+    squares = np.array([np.sum((g - g.mean()) ** 2) for g in groups])
+    dof, means = np.array([len(g) - 1.0 for g in groups]), np.array([abs(g.mean()) for g in groups])
+    if not squares.sum() or not means.all():
+        return 0.0
+
+    def likelihood(power: float) -> float:
+        return float(-dof.sum() / 2 * np.log(np.sum(squares / means ** (2 * power))) - power * np.sum(dof * np.log(means)))
+
+    return max((0.0, 0.5, 1.0), key=likelihood)
 
 
 def _about_the_law(

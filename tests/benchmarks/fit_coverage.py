@@ -44,10 +44,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-sets", type=int, default=200)
     parser.add_argument("--draws", type=int, default=200)
+    parser.add_argument("--seeds", type=int, nargs="*", default=[1, 3])
     args = parser.parse_args()
     print(f"{'law':<12}{'sizes x seeds':<16}{'noise':<8}{'middle':<10}{'largest':<10}(nominal 90%)")
     for law in CURVES:
-        for sizes, seeds in ((6, 1), (6, 3), (10, 1), (10, 3)):
+        for sizes, seeds in ((sizes, seeds) for sizes in (6, 10) for seeds in args.seeds):
             for noise in (0.01, 0.03):
                 middle, largest = coverage(law, sizes, seeds, noise, args.data_sets, args.draws)
                 error = 2 * np.sqrt(0.09 / args.data_sets)
