@@ -273,6 +273,7 @@ def test_table_times(tmp_path: Path, times: pa.Array) -> None:
         ("1970-01-02", "soon", "must be Unix seconds or a date and time, found 'soon'"),
     ],
 )
+@pytest.mark.slow
 def test_table_times_that_mix(tmp_path: Path, kind: str, before: int, usual: str, odd: str, message: str) -> None:
     """The first row that doesn't fit is named, wherever the reader's batches end."""
     times = [None, *[usual] * (before - 1), odd, "never read"]

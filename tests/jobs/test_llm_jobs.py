@@ -131,6 +131,7 @@ def test_killed_training_ends_like_an_undisturbed_one(jobs: Jobs, split: str, ba
     assert all(equal(calm[k], resumed[k]) for k in calm)
 
 
+@pytest.mark.slow
 def test_mistakes_are_named(jobs: Jobs, split: str) -> None:
     assert "inputs.backbone is missing" in jobs.run("train_llm", "none", training(), expect=2, split=split).stderr
     small = PRETRAIN | {"vocab": 100}

@@ -63,6 +63,7 @@ def test_the_whole_chain_beats_popularity(jobs: Jobs, split: str, sids: str) -> 
 
 
 @pytest.mark.usefixtures("sids")  # which make the embeddings
+@pytest.mark.slow
 def test_rqvae_codes_the_same_embeddings_repeatably(jobs: Jobs) -> None:
     config = {"method": "rqvae", "levels": 2, "width": 8, "hidden": [32], "latent": 16, "steps": 200}
     first = jobs.run("quantize", "rqvae", config, embeddings="embeddings")
@@ -222,6 +223,7 @@ def test_only_what_trains_takes_several_processes(jobs: Jobs) -> None:
     assert not (jobs.folder / "artifacts" / "twice").exists()
 
 
+@pytest.mark.slow
 def test_another_configuration_takes_up_neither_checkpoint_nor_artifact(jobs: Jobs, split: str, sids: str, trained: str) -> None:
     other = jobs.run("train_sid", trained, training(lr=0.02), expect=2, split=split, sids=sids)
     assert "holds the result of another run (config.optimizer was" in other.stderr
@@ -242,6 +244,7 @@ def test_a_loss_that_is_no_number_ends_the_run_with_its_reason(jobs: Jobs, split
     assert not run.out.exists()
 
 
+@pytest.mark.slow
 def test_mistakes_are_one_line_and_exit_2(jobs: Jobs, split: str, sids: str) -> None:
     wrong_key = jobs.run("train_sid", "wrong", training() | {"drop_out": 1}, expect=2, split=split, sids=sids)
     assert "config: drop_out" in wrong_key.stderr and "Traceback" not in wrong_key.stderr
@@ -266,6 +269,7 @@ def test_a_run_yaml_or_folder_that_can_not_be_used_is_one_line_and_exit_2(jobs: 
     assert done.returncode == 2 and f"{path}: 'utf-8' codec can't decode byte" in done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_inputs_of_another_stage_or_without_their_file_are_named(jobs: Jobs, split: str, sids: str, trained: str) -> None:
     wrong = jobs.run("train_sid", "wrong-sids", training(), expect=2, split=split, sids="embeddings")
     assert "embeddings is of stage encode; it has to be one of quantize" in wrong.stderr and "Traceback" not in wrong.stderr
@@ -281,6 +285,7 @@ def test_inputs_of_another_stage_or_without_their_file_are_named(jobs: Jobs, spl
     assert "torn: can't be loaded as a SID recommender" in damaged.stderr and "Traceback" not in damaged.stderr
 
 
+@pytest.mark.slow
 def test_evaluation_takes_only_what_the_model_was_trained_with(jobs: Jobs, split: str, sids: str, trained: str) -> None:
     for name in (split, sids):
         folder = jobs.folder / "artifacts" / f"other-{name}"
