@@ -203,14 +203,14 @@ def test_out_replaces_nothing_but_an_empty_folder(jobs: Jobs) -> None:
     (home / "notes.txt").write_text("too")
     path = jobs.write("plant", "home/run", {"world": WORLD})
     for out in ("thesis", "notes.txt"):
-        taken = run_as(jobs, path, out=out, work="../work/out")
+        taken = run_as(jobs, path, out=out, work="../aside/out")
         assert taken.returncode == 2 and f"out: {home / out} is there and no finished artifact" in taken.stderr
     for out, what in ((".", "run.yaml itself"), ("..", "run.yaml itself"), ("artifact", "work"), ("artifact/deep", "work")):
         holds = run_as(jobs, path, out=out, work="artifact/deep")
         assert holds.returncode == 2 and f"would hold {what}; the artifact needs a folder of its own" in holds.stderr
     assert sorted(p.name for p in home.rglob("*")) == ["notes.txt", "run.yaml", "thesis", "thesis.tex"]
     (home / "empty").mkdir()
-    assert run_as(jobs, path, out="empty", work="../work/out").returncode == 0
+    assert run_as(jobs, path, out="empty", work="../aside/out").returncode == 0
     assert (home / "empty" / "artifact.json").is_file()
 
 
