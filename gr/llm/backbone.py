@@ -14,14 +14,23 @@ from gr.trie import Trie
 
 
 def fresh_backbone(
-    vocab: int, layers: int, d_model: int, heads: int, d_ff: int, kv_heads: int | None = None, max_tokens: int = 4096
+    vocab: int,
+    layers: int,
+    d_model: int,
+    heads: int,
+    d_ff: int,
+    kv_heads: int | None = None,
+    max_tokens: int = 4096,
+    head_dim: int | None = None,
 ) -> Any:
     """A randomly initialised Qwen3 (arXiv 2505.09388): pre-norm, SwiGLU, rotary positions, QK-norm; embeddings tied.
 
-    Unlike the released sizes, ``head_dim`` is d_model / heads and the initialisation's standard deviation is 1/sqrt(d_model) up
-    to .05: Qwen's .02 is made for widths above a thousand. Seed torch before.
+    Unlike in the released sizes, ``head_dim`` is d_model / heads if not given, and the initialisation's standard deviation is
+    1/sqrt(d_model) up to .05: Qwen's .02 is made for widths above a thousand. Seed torch before.
     """
-    if d_model % heads or heads % (kv_heads or heads) or (d_model // heads) % 2:
+    if head_dim is not None and head_dim % 2:
+        raise UserError(f"size: heads of {head_dim}; rotary positions need an even number")
+    if (head_dim is None and (d_model % heads or (d_model // heads) % 2)) or heads % (kv_heads or heads):
         raise UserError(
             f"size: d_model {d_model}, heads {heads}, kv_heads {kv_heads}: d_model / heads must be a whole even number"
             " and heads a multiple of kv_heads"
@@ -34,7 +43,7 @@ def fresh_backbone(
             num_hidden_layers=layers,
             num_attention_heads=heads,
             num_key_value_heads=kv_heads or heads,
-            head_dim=d_model // heads,
+            head_dim=head_dim or d_model // heads,
             max_position_embeddings=max_tokens,
             initializer_range=min(0.05, d_model**-0.5),
             tie_word_embeddings=True,
