@@ -4,7 +4,8 @@ The rules, in order:
 
 - Exact duplicates (user, item, time) are removed, the first row stays. The same item at another time is a real repeat and stays;
   so does an item with unknown times, which nothing shows to be the same event.
-- A user's rows are sorted by time, stably: rows of one time keep the file's order. Where one of a user's times is unknown, the
+- A user's rows are sorted by time, stably: rows of one time keep the file's order, or are put in a random one, where that is asked
+  for (an order that the times do not tell may tell a recommender more than they do). Where one of a user's times is unknown, the
   file's order stands, since it is all that is known.
 - Users with too few items are dropped; then the k-core.
 - Texts are stripped, HTML-unescaped, and their white space collapsed.
@@ -55,10 +56,13 @@ class _Columns:
         return len(self.users)
 
 
-def clean(source: Source, *, k_core: int = 0, min_user_items: int = 3) -> Sequences:
-    """Applies the module's rules; with ``k_core`` > 0 the catalogue, too, keeps only what is in the k-core."""
+def clean(source: Source, *, k_core: int = 0, min_user_items: int = 3, shuffle_ties: int | None = None) -> Sequences:
+    """Applies the module's rules; with ``k_core`` > 0 the catalogue, too, keeps only what is in the k-core; ``shuffle_ties``: the
+    seed of a random order among rows of one user and time."""
     if k_core < 0 or min_user_items < 1:
         raise UserError(f"k-core must be at least 0 and min-user-items at least 1, found {k_core} and {min_user_items}")
+    if shuffle_ties is not None and shuffle_ties < 0:
+        raise UserError(f"the seed of shuffle-ties must be at least 0, found {shuffle_ties}")
     rows = _Columns(source.users, source.codes, source.times)
     if not len(rows):
         raise UserError("no interactions in the input")
@@ -70,7 +74,7 @@ def clean(source: Source, *, k_core: int = 0, min_user_items: int = 3) -> Sequen
     repairs = dict(source.repairs)
     rows = rows[_first_of_duplicates(rows)]
     repairs["duplicate_rows"] = len(source.users) - len(rows)
-    rows = _sorted(rows, n_users, repairs)
+    rows = _sorted(rows, n_users, repairs, shuffle_ties)
     rows, user_kept = _filtered(rows, n_users, k_core, min_user_items, repairs)
     repairs["users_with_unknown_times"] = len(np.unique(rows.users[rows.times == UNKNOWN_TIME]))
     item_kept = _kept_items(rows, n_items, source.keep_unused_items and k_core == 0, repairs)
@@ -101,7 +105,7 @@ def _first_of_duplicates(rows: _Columns) -> NDArray[np.bool_]:
     return keep
 
 
-def _sorted(rows: _Columns, n_users: int, repairs: dict[str, int]) -> _Columns:
+def _sorted(rows: _Columns, n_users: int, repairs: dict[str, int], shuffle_ties: int | None) -> _Columns:
     """Grouped by user, oldest first; counts rows that are earlier than the row before them of the same user."""
     unknown = np.zeros(n_users, dtype=bool)
     unknown[rows.users[rows.times == UNKNOWN_TIME]] = True
@@ -111,7 +115,15 @@ def _sorted(rows: _Columns, n_users: int, repairs: dict[str, int]) -> _Columns:
     back = (users[1:] == users[:-1]) & (times[1:] < times[:-1])
     repairs["out_of_order_rows"] = int(back.sum())
     repairs["out_of_order_users"] = len(np.unique(users[1:][back]))
-    return rows[np.lexsort((known_times, rows.users))]
+    if shuffle_ties is None:
+        return rows[np.lexsort((known_times, rows.users))]
+    luck = np.random.default_rng(shuffle_ties).random(len(rows))
+    luck[unknown[rows.users]] = 0.0  # the file's order is all that is known of them
+    order = np.lexsort((luck, known_times, rows.users))
+    ordered = rows[order]
+    same = (ordered.users[1:] == ordered.users[:-1]) & (ordered.times[1:] == ordered.times[:-1]) & ~unknown[ordered.users[1:]]
+    repairs["shuffled_tied_rows"] = int(np.sum(np.r_[same, False] | np.r_[False, same]))
+    return ordered
 
 
 def _filtered(

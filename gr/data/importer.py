@@ -26,6 +26,7 @@ def import_dataset(
     name: str | None = None,
     k_core: int = 0,
     min_user_items: int = 3,
+    shuffle_ties: int | None = None,
     columns: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Reads ``paths`` in ``format``, cleans them (`gr.data.clean`), writes the dataset folder ``out``; returns its manifest.
@@ -38,11 +39,14 @@ def import_dataset(
     with usable(out):
         _check_out(out)
     source = _read(format, paths, columns)
-    sequences = clean(source, k_core=k_core, min_user_items=min_user_items)
+    sequences = clean(source, k_core=k_core, min_user_items=min_user_items, shuffle_ties=shuffle_ties)
+    options: dict[str, Any] = {"k_core": k_core, "min_user_items": min_user_items}
+    if shuffle_ties is not None:
+        options["shuffle_ties"] = shuffle_ties
     origin = {
         "format": format,
         "files": [{"name": file.name, "sha256": sha256(file)} for file in _files(format, paths)],
-        "options": {"k_core": k_core, "min_user_items": min_user_items, **({"columns": dict(columns)} if columns else {})},
+        "options": options | ({"columns": dict(columns)} if columns else {}),
     }
     _check_keys(sequences)
     with DatasetWriter(out, name or out.resolve().name, origin, sequences.items, sequences.repairs) as writer:
@@ -135,6 +139,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         each.add_argument(
             "--min-user-items", type=int, default=3, metavar="N", help="drop users with fewer items (default: %(default)s)"
         )
+        each.add_argument(
+            "--shuffle-ties", type=int, metavar="SEED", help="put a user's items of one time in a random order, not the file's"
+        )
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -151,5 +158,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         name=args.name,
         k_core=args.k_core,
         min_user_items=args.min_user_items,
+        shuffle_ties=args.shuffle_ties,
         columns=columns,
     )

@@ -74,6 +74,30 @@ def test_order_is_counted_and_ties_keep_it() -> None:
 
 
 @settings(deadline=None)
+@given(ROWS, st.integers(0, 3))
+def test_shuffled_ties_change_nothing_but_the_order_within_a_time(rows: list, seed: int) -> None:
+    kept, shuffled = (clean(source(rows), min_user_items=1, shuffle_ties=s) for s in (None, seed))
+    before, after = sequences(kept), sequences(shuffled)
+    tied = 0
+    for user, row in before.items():
+        assert sorted(row) == sorted(after[user])
+        assert [time for _, time in row] == [time for _, time in after[user]]
+        if all(time != UNKNOWN_TIME for _, time in row):
+            tied += sum(count for count in Counter(time for _, time in row).values() if count > 1)
+        else:
+            assert row == after[user]
+    assert shuffled.repairs["shuffled_tied_rows"] == tied
+    assert "shuffled_tied_rows" not in kept.repairs
+
+
+def test_shuffled_ties_come_in_every_order_by_seed_alone() -> None:
+    rows = [(0, i, 7) for i in range(3)]
+    orders = [tuple(sequences(clean(source(rows), shuffle_ties=seed))["u0"]) for seed in range(40)]
+    assert len(set(orders)) == 6
+    assert orders == [tuple(sequences(clean(source(rows), shuffle_ties=seed))["u0"]) for seed in range(40)]
+
+
+@settings(deadline=None)
 @given(ROWS, st.integers(1, 4), st.integers(1, 4))
 def test_k_core_is_the_largest(rows: list, user_min: int, item_min: int) -> None:
     users, items, _ = (np.array(column, dtype=np.int32) for column in zip(*[(u, i, 0) for u, i, _ in rows], strict=True))
@@ -108,6 +132,8 @@ def test_k_core_is_counted() -> None:
 def test_bad_numbers() -> None:
     with pytest.raises(UserError, match="k-core must be at least 0"):
         clean(source([(0, 0, 1)]), k_core=-1)
+    with pytest.raises(UserError, match="shuffle-ties must be at least 0"):
+        clean(source([(0, 0, 1)]), shuffle_ties=-1)
     with pytest.raises(UserError, match="milliseconds"):
         clean(source([(0, 0, 1_400_000_000_000)]))
 
