@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from fit.fitting import fit_law
     from fit.holdout import Holdout, leave_largest_out
     from fit.law_saturation import SaturationSize, saturation_size
+    from fit.profile import Profile
     from fit.result import FitResult, Prediction
     from fit.verdict import Saturation, holm, saturation
     from fit.words import explain
@@ -31,6 +32,7 @@ __all__ = [
     "Holdout",
     "NextExperiment",
     "Prediction",
+    "Profile",
     "Saturation",
     "SaturationSize",
     "allocate",
@@ -58,6 +60,7 @@ _HOME = {
     "leave_largest_out": "fit.holdout",
     "FitResult": "fit.result",
     "Prediction": "fit.result",
+    "Profile": "fit.profile",
     "fit_law": "fit.fitting",
     "Saturation": "fit.verdict",
     "saturation": "fit.verdict",

@@ -4,12 +4,12 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fit.errors import FitError
 
 if TYPE_CHECKING:
-    from fit.result import FitResult
+    import pyarrow as pa
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,7 +35,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--bounds", action="append", default=[], metavar="PARAMETER=LOW:HIGH", help="search only there (may be repeated)"
     )
     parser.add_argument("--fix", action="append", default=[], metavar="PARAMETER=VALUE", help="hold it there (may be repeated)")
-    parser.add_argument("--weights", metavar="COLUMN", help="weights of the rows")
+    parser.add_argument("--groups", metavar="COLUMN", help="one fit for all groups of rows that this column makes")
+    parser.add_argument(
+        "--shared", metavar="PARAMETER,...", help="with --groups: one number for all groups; all others are each group's own"
+    )
+    parser.add_argument(
+        "--weights", metavar="COLUMN", help="weights of the rows; replicates: from the scatter of each size's runs"
+    )
     parser.add_argument("--bootstrap", type=int, default=0, metavar="DRAWS", help="draws for the intervals (default 0: none)")
     parser.add_argument(
         "--cluster",
@@ -44,6 +50,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what is drawn: a column of replicates (default: seed, if there), rows, sizes, residuals or parametric",
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the bootstrap")
+    parser.add_argument("--profile", action="store_true", help="profile likelihood intervals too")
+    parser.add_argument(
+        "--predict", action="append", default=[], metavar="N=SIZE,...", help="the law's mean there (may be repeated)"
+    )
+    parser.add_argument("--compare", metavar="LAW,...", help="compare these laws with --law: AICc, BIC, bootstrap tests")
+    parser.add_argument(
+        "--holdout", action="store_true", help="how well would fits to the smaller sizes have predicted the larger?"
+    )
+    parser.add_argument(
+        "--worthwhile",
+        type=float,
+        default=0.01,
+        metavar="GAIN",
+        help="least relative gain per doubling that counts (default .01)",
+    )
+    parser.add_argument(
+        "--saturation-size", action="store_true", help="the size from which on the law itself gains less than that"
+    )
+    parser.add_argument(
+        "--by", metavar="COLUMN", help="each value of this column is a curve of its own; verdicts judged together"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="also write report.html, its figures (PNG, SVG), fit.json and draws.csv there"
@@ -52,40 +79,53 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """0, or 2 with one line on stderr for a mistake of the user's."""
-    from fit.fitting import fit_law
     from fit.tables import read_table, where
 
     try:
         table = where(read_table(args.table), _pairs(args.where, "--where"))
-        result = fit_law(
-            table,
-            args.law,
-            _pairs(args.columns.split(","), "--columns"),
-            loss=args.loss,
-            delta=args.delta,
-            bootstrap=args.bootstrap,
-            seed=args.seed,
-            cluster=args.cluster,
-            bounds={name: _bounds(text) for name, text in _pairs(args.bounds, "--bounds").items()},
-            fixed={name: _number(text, "--fix") for name, text in _pairs(args.fix, "--fix").items()},
-            weights=args.weights,
-        )
-        if args.out:
-            from fit.page import write
-
-            source = " ".join([args.table, *args.where])
-            constrained = bool(args.bounds or args.fix or args.weights)
-            write(result, table, args.out, source, args.cluster, constrained)
+        options = {
+            "columns": _pairs(args.columns.split(","), "--columns"),
+            "loss": args.loss,
+            "delta": args.delta,
+            "bounds": {name: _bounds(text) for name, text in _pairs(args.bounds, "--bounds").items()},
+            "fixed": {name: number(text, "--fix") for name, text in _pairs(args.fix, "--fix").items()},
+            "weights": args.weights,
+        }
+        args.predict = [_pairs(text.split(","), "--predict") for text in args.predict]
+        document, words = _curves(table, args, options) if args.by else _curve(table, args, options)
     except (FitError, OSError) as error:
         print(f"grscale fit: {error}", file=sys.stderr)
         return 2
-    if args.json:
-        print(json.dumps(result.to_json(), allow_nan=False))
-    else:
-        print(readable(result))
-        if args.out:
-            print(f"\nwritten to {args.out}")
+    print(json.dumps(document, allow_nan=False) if args.json else words)
     return 0
+
+
+def _curve(table: "pa.Table", args: argparse.Namespace, options: dict[str, Any]) -> tuple[dict[str, Any], str]:
+    """The document and the text of one fit, which is also written to ``--out``."""
+    from fit.cli_answer import ask
+    from fit.cli_words import readable
+
+    answer = ask(table, args, options)
+    document, words = answer.to_json(), readable(answer)
+    if args.out:
+        from fit.page import write, write_groups
+
+        source = " ".join([args.table, *args.where])
+        constrained = bool(args.bounds or args.fix or args.weights)
+        if answer.result.groups is not None:
+            write_groups(answer.result, table, args.out, source, args.cluster)
+        else:
+            write(answer.result, table, args.out, source, args.cluster, constrained)
+        words += f"\n\nwritten to {args.out}"
+    return document, words
+
+
+def _curves(table: "pa.Table", args: argparse.Namespace, options: dict[str, Any]) -> tuple[dict[str, Any], str]:
+    from fit.cli_answer import ask_each
+    from fit.cli_words import readable_curves
+
+    curves = ask_each(table, args, options)
+    return curves.to_json(), readable_curves(curves)
 
 
 def _pairs(texts: list[str], option: str) -> dict[str, str]:
@@ -104,39 +144,12 @@ def _bounds(text: str) -> tuple[float, float]:
     low, colon, high = text.partition(":")
     if not colon:
         raise FitError(f"--bounds: {text!r} is not of the form LOW:HIGH, such as 0.1:2")
-    return _number(low, "--bounds"), _number(high, "--bounds")
+    return number(low, "--bounds"), number(high, "--bounds")
 
 
-def _number(text: str, option: str) -> float:
+def number(text: str, option: str) -> float:
+    """A number from the command line; FitError names the option that it was given to."""
     try:
         return float(text)
     except ValueError:
         raise FitError(f"{option}: {text!r} is not a number") from None
-
-
-def readable(result: "FitResult") -> str:
-    """The result as lines of text: parameters with intervals, objective, verdict, warnings in words."""
-    from fit.words import explain
-
-    lines = [f"{result.law}: {result.definition.formula}   ({result.n} rows, {result.loss})", ""]
-    width = max(len(name) for name in result.params)
-    for name, value in result.params.items():
-        # Where the data leave a parameter open, a number to copy would mislead.
-        point = "not identified" if name in result.unidentified else f"{value:.6g}"
-        line = f"  {name:<{width}}  {point:>14}"
-        low, high = result.intervals.get(name, (value, value))
-        if low < high:  # a parameter that is held is the same in every draw
-            line += f"   95% {low:.6g} to {high:.6g}"
-        lines.append(line)
-    if result.reduced is not None:
-        lines.append(f"what these data do identify: {result.reduced}")
-    lines += ["", f"objective {result.objective:.10g} (sum over rows)"]
-    if result.aicc is not None:
-        lines.append(f"AICc {result.aicc:.2f}")
-    if result.saturation is not None:
-        lines.append(f"{result.saturation.verdict}: {result.saturation.reason}")
-    warnings = [*result.warnings, *(result.saturation.warnings if result.saturation else ())]
-    lines += [f"warning {code}: {explain(code)}" for code in dict.fromkeys(warnings)]
-    if not result.intervals:
-        lines.append("no intervals: --bootstrap 1000 gives them")
-    return "\n".join(lines)

@@ -12,15 +12,17 @@ from itertools import combinations
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from fit.errors import FitError
 from fit.fitting import FitResult, fit_law
 from fit.laws import law_named
 from fit.problem import LOSSES, Problem
 from fit.refit import sums_of_squares
+from fit.replicates import row_weights
 from fit.solve import solve
 from fit.tables import Floats, TableLike, numbers, read_table, rungs, sizes
-from fit.uncertainty import Design, noise
+from fit.uncertainty import Design
 
 NESTED: dict[tuple[str, str], tuple[str, dict[str, tuple[str, ...]]]] = {
     ("power", "power-floor"): ("floor", {"N": ("N",)}),
@@ -31,6 +33,7 @@ NESTED: dict[tuple[str, str], tuple[str, dict[str, tuple[str, ...]]]] = {
 }
 """(smaller, larger) laws: what the larger one adds, and which of its sizes may be the smaller one's."""
 
+_WEIGHTS = "weights of the comparison"
 _ENOUGH = 5
 """Degrees of freedom from which the replicates' own variance is trusted over that about the law."""
 _LIMITS = {
@@ -123,6 +126,9 @@ def compare_laws(
     bootstrap: int = 399,
     seed: int = 0,
     scale: str | None = None,
+    bounds: Mapping[str, tuple[float, float]] | None = None,
+    fixed: Mapping[str, float] | None = None,
+    weights: str | None = None,
 ) -> Comparison:
     """Compares laws of one metric on one table.
 
@@ -130,6 +136,9 @@ def compare_laws(
     ``loss`` and ``delta``: of the fits in the result. The criteria and tests are of normal noise whatever the loss, each law at
     its own maximum, all on one ``scale``: `linear` or `log` (noise in proportion to the metric), by default that of the loss's
     residuals. ``bootstrap``: draws for each test; 0 leaves the tests out.
+
+    ``bounds``, ``fixed``: of parameters, in each of the laws that has them. ``weights``: of the rows, as in `fit_law`; taken for
+    reciprocals of the noise's variance, but for one factor.
 
     A test is made for each pair in `NESTED` among ``laws``. Raises FitError where a law cannot be fitted (see `fit_law`), and for
     two laws of different metrics.
@@ -148,8 +157,19 @@ def compare_laws(
         raise FitError(
             f"column {metric!r}, row {int(np.argmax(y <= 0)) + 1}: {y[y <= 0][0]:g} has no logarithm; use scale linear"
         )
-    fits = {law: fit_law(rows, law, roles, loss, delta) for law, roles in which.items()}
-    maxima = {law: _maximum(fits[law], rows, roles, y, scale) for law, roles in which.items()}
+    w = np.ones(len(y))
+    if weights:
+        # Of all laws' sizes together: weights by the sizes of one law would not be those of another.
+        every = [
+            sizes(rows, columns[role], role) for role in sorted({role for roles in which.values() for role in roles} - {"R", "L"})
+        ]
+        w = row_weights(rows, weights, y, Design(rungs(every)), scale == "log")
+        rows = rows.append_column(_WEIGHTS, pa.array(w.tolist()))
+    fits = {
+        law: fit_law(rows, law, roles, loss, delta, bounds=low_high, fixed=values, weights=_WEIGHTS if weights else None)
+        for law, (roles, low_high, values) in _own(which, bounds or {}, fixed or {}).items()
+    }
+    maxima = {law: _maximum(fits[law], rows, roles, y, scale, w) for law, roles in which.items()}
     tests: list[LikelihoodRatio] = []
     unnested: list[tuple[str, str, str]] = []
     for one, other in combinations(which, 2):
@@ -179,6 +199,20 @@ def _laws(laws: Sequence[str], columns: Mapping[str, str]) -> tuple[dict[str, di
     return {name: {role: columns[role] for role in law.sizes} | {law.response: metric} for name, law in defined.items()}, metric
 
 
+def _own(
+    which: Mapping[str, dict[str, str]], bounds: Mapping[str, tuple[float, float]], fixed: Mapping[str, float]
+) -> dict[str, tuple[dict[str, str], dict[str, tuple[float, float]], dict[str, float]]]:
+    """Each law's columns, and the bounds and fixed values of the parameters that it has."""
+    params = {law: law_named(law).params for law in which}
+    for name in (*bounds, *fixed):
+        if not any(name in own for own in params.values()):
+            raise FitError(f"none of the laws {', '.join(which)} has a parameter {name!r}")
+    return {
+        law: (roles, {n: v for n, v in bounds.items() if n in params[law]}, {n: v for n, v in fixed.items() if n in params[law]})
+        for law, roles in which.items()
+    }
+
+
 @dataclass(frozen=True)
 class _Maximum:
     """A law at its maximum likelihood: ``p`` (params,) of ``problem``, whose metric is ``y / problem.scale``."""
@@ -197,14 +231,15 @@ _EXACT = 1e-14
 """Mean square of residuals, of a metric of about one, that is rounding and no noise."""
 
 
-def _maximum(fit: FitResult, rows: Any, roles: Mapping[str, str], y: Floats, scale: str) -> _Maximum:
+def _maximum(fit: FitResult, rows: pa.Table, roles: Mapping[str, str], y: Floats, scale: str, w: Floats) -> _Maximum:
     law = fit.definition
     logs = {role: np.log(sizes(rows, roles[role], role)) for role in law.sizes}
     unit = float(np.median(np.abs(y))) or float(np.max(np.abs(y)))
     loss = "log-huber" if scale == "log" else "least-squares"
-    problem = Problem(law, logs, y[None] / unit, np.ones((1, len(y))), loss, np.inf, unit)
+    w = w / np.exp(np.log(w).mean())  # so that they leave the likelihood's determinant as it is
+    problem = Problem(law, logs, y[None] / unit, w[None], loss, np.inf, unit)
     p = solve(problem).p
-    squares, n = float(np.sum(problem.residuals(p[None]) ** 2)), len(y)
+    squares, n = float(np.sum(w * problem.residuals(p[None])[0] ** 2)), len(y)
     if squares <= _EXACT * n:
         return _Maximum(problem, p, squares, None)
     # The density of the metric itself: of its logarithm divided by the metric, or of the scaled one divided by the unit.
@@ -251,7 +286,7 @@ def _test(small: str, large: str, maxima: Mapping[str, _Maximum], draws: int, rn
     at, n = maxima[small], maxima[small].n
     sd, dof, source = _noise(at)
     mean = at.problem.fitted(at.p[None])
-    luck = sd * rng.normal(size=(draws, n))
+    luck = sd / np.sqrt(at.problem.weights) * rng.normal(size=(draws, n))
     drawn = mean * np.exp(luck) if at.problem.log else mean + luck
     # The table itself goes through the same search as the draws, so that what a search misses, it misses in both.
     y = np.concatenate([at.problem.y, drawn])
@@ -267,7 +302,14 @@ def _test(small: str, large: str, maxima: Mapping[str, _Maximum], draws: int, rn
 
 def _noise(at: _Maximum) -> tuple[float, int, str]:
     """A run's standard deviation on the scale, its degrees of freedom, and whether it comes from replicates or residuals."""
-    design = Design(rungs([np.exp(values) for values in at.problem.logs.values()]))
-    if design.dof >= _ENOUGH:
-        return *noise(at.problem, at.p, design), "replicates"
-    return *noise(at.problem, at.p, Design(np.arange(at.n))), "residuals"
+    design, root = Design(rungs([np.exp(values) for values in at.problem.logs.values()])), np.sqrt(at.problem.weights[0])
+    if design.dof < _ENOUGH:
+        dof = max(at.n - int(np.sum(~at.problem.held)), 1)
+        return float(np.sqrt(at.squares / dof)), dof, "residuals"
+    y = np.log(at.problem.y[0]) if at.problem.log else at.problem.y[0]
+    pure = 0.0
+    for group in design.groups:
+        rows = np.concatenate(group)
+        middle = np.average(y[rows], weights=root[rows] ** 2)
+        pure += float(np.sum((root[rows] * (y[rows] - middle)) ** 2))
+    return float(np.sqrt(pure / design.dof)), design.dof, "replicates"

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from fit.errors import FitError
 from fit.fitting import FitResult, fit_law
-from fit.laws import Law, law_named
+from fit.laws import Law, constrained, law_named
 from fit.tables import Floats, TableLike, numbers, read_table, rungs, sizes
 
 
@@ -131,12 +131,15 @@ def leave_largest_out(
     by: str | None = None,
     least: int | None = None,
     fits: int = 8,
+    bounds: Mapping[str, tuple[float, float]] | None = None,
+    fixed: Mapping[str, float] | None = None,
+    weights: str | None = None,
 ) -> Holdout:
     """Fits the law to the k smallest sizes and predicts every larger one, for growing k.
 
     ``by``: the column that orders the sizes (such as FLOPs), by default the law's size, or the product of its sizes where it has
-    several. ``least``: the fewest distinct sizes to fit, by default one more than the law has parameters. ``fits``: at most so
-    many k, evenly spread. The other arguments are those of `fit_law`; ``bootstrap=0`` leaves out intervals and coverage.
+    several. ``least``: the fewest distinct sizes to fit, by default one more than the law has free parameters. ``fits``: at most
+    so many k, evenly spread. The other arguments are those of `fit_law`; ``bootstrap=0`` leaves out intervals and coverage.
 
     Raises FitError where no size is left to predict, where a held-out metric is zero (it has no relative error), and where no fit
     can be made at all.
@@ -145,21 +148,21 @@ def leave_largest_out(
         raise FitError(f"interval {interval} is not between 0 and 1, such as 0.9")
     if fits < 1:
         raise FitError(f"fits {fits} must be 1 or more")
-    which, rows = law_named(law), read_table(table)
+    which, rows = constrained(law_named(law), bounds or {}, fixed or {}), read_table(table)
     _columns(which, columns)
     values = {role: sizes(rows, columns[role], role) for role in which.sizes}
     y = numbers(rows, columns[which.response], which.response)
     order, name = _order(rows, values, by)
-    least = len(which.params) + 1 if least is None else least
+    free = sum(t.lower < t.upper for t in which.terms) + sum(t.lower < t.upper for t in which.thetas)
+    least = free + 1 if least is None else least
     cuts = _cuts(order, rungs(list(values.values())), max(least, 1), fits)
     found: list[HeldOut] = []
     failed: dict[int, str] = {}
     for k in cuts:
         inside = order < k
         try:
-            result = fit_law(
-                rows.filter(pa.array(inside.tolist())), law, columns, loss, delta, bootstrap=bootstrap, seed=seed, cluster=cluster
-            )
+            smaller = rows.filter(pa.array(inside.tolist()))
+            result = fit_law(smaller, law, columns, loss, delta, bootstrap, seed, cluster, bounds, fixed, weights)
         except FitError as error:
             failed[k] = str(error)
             continue

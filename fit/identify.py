@@ -125,22 +125,24 @@ def terms(problem: Problem, p: Floats, low: Floats) -> Terms:
     """``p``, ``low``: (params,), the latter the parameters' lower 90% margins."""
     law, m = problem.law, len(problem.law.terms)
     jets = law.centred(problem.logs, problem.refs, p[None, m:])
-    whole = float(np.ptp(problem.fitted(p[None]))) or 1.0
-    share, straight = {}, []
+    fitted, share, straight = problem.fitted(p[None])[0], {}, []
     for j, term in enumerate(law.terms):
-        values = np.broadcast_to(
-            p[j] * jets[j].value, problem.y.shape[-1:] if jets[j].value.ndim == 1 else (1, problem.y.shape[1])
-        )
         if term.shape is None and term.log_shape is None:
             continue
-        share[term.name] = float(np.ptp(values)) / whole
+        values, rows = np.broadcast_to(p[j] * jets[j].value, (1, len(fitted)))[0], _rows(problem, term)
+        share[term.name] = max(float(np.ptp(values[own])) / (float(np.ptp(fitted[own])) or 1.0) for own in rows)
         if term.log_shape is not None and share[term.name] >= DEAD:
             exponents = [i for i, t in enumerate(law.thetas) if t.kind == "exponent" and t.name in term.thetas]
             at_bound = any(low[m + i] <= EXPONENT_BOUNDS[0] * 1.01 < law.thetas[i].upper for i in exponents)
             power = term.log_shape(problem.logs, {t.name: constant(p[m + i]) for i, t in enumerate(law.thetas)})
-            if at_bound or float(np.ptp(power.value)) / 8 < _STRAIGHT:
+            if at_bound or max(float(np.ptp(power.value[own])) for own in rows) / 8 < _STRAIGHT:
                 straight.append(term.name)
     return Terms(share, tuple(straight))
+
+
+def _rows(problem: Problem, term: Term) -> list[NDArray[np.intp]]:
+    """The rows that a term is of: its group's, or every group's by itself."""
+    return [problem.blocks[term.within]] if term.within else list(problem.blocks.values())
 
 
 def unidentified(problem: Problem, p: Floats, low: Floats, high: Floats, held: list[str]) -> list[str]:
@@ -152,7 +154,7 @@ def unidentified(problem: Problem, p: Floats, low: Floats, high: Floats, held: l
     design says nothing.
     """
     law, m = problem.law, len(problem.law.terms)
-    dead, metric_range = dead_thetas(law, p), float(np.ptp(problem.y[0]))
+    dead = dead_thetas(law, p)
     kinds = {t.name: t.kind for t in law.thetas}
     # An exponent at its lower bound makes the power a logarithm: its coefficient and the constant are then set by the bound,
     # and look certain only because the bound does not move between draws.
@@ -171,12 +173,19 @@ def unidentified(problem: Problem, p: Floats, low: Floats, high: Floats, held: l
                 shaky = p[i] > 0 and (bool(disguised & set(term.thetas)) or low[i] <= 0 or high[i] > _SPREAD * low[i])
             else:
                 flat = term.shape is None and term.log_shape is None and bool(law.thetas)
-                shaky = flat and (bool(disguised) or high[i] - low[i] > metric_range)
+                metric_range = max(float(np.ptp(problem.y[0, own])) for own in _rows(problem, term))
+                shaky = flat and (bool(disguised & _beside(law, term)) or high[i] - low[i] > metric_range)
         else:
             shaky = dead[i] or _open(problem, i, low[i], high[i])
         if shaky:
             out.append(name)
     return out
+
+
+def _beside(law: Law, constant_term: Term) -> set[str]:
+    """The nonlinear parameters of the terms that a constant is added to."""
+    together = [t for t in law.terms if "" in (t.within, constant_term.within) or t.within == constant_term.within]
+    return {name for t in together for name in t.thetas}
 
 
 def _open(problem: Problem, i: int, low: float, high: float) -> bool:

@@ -45,6 +45,8 @@ class Term:
     centred: bool = True
     thetas: tuple[str, ...] = ()
     """The nonlinear parameters that the shape depends on."""
+    within: str = ""
+    """Name of an indicator among the logarithms, 1 in the rows that the term is of and 0 elsewhere (see `fit.groups`)."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,8 @@ class Law:
     sizes: tuple[str, ...]
     terms: tuple[Term, ...]
     thetas: tuple[Nonlinear, ...] = ()
+    groups: "tuple[tuple[str, Law], ...]" = ()
+    """Of a law over several groups of rows (`fit.groups`): each group's name and its law alone."""
 
     @property
     def linear(self) -> tuple[str, ...]:
@@ -83,6 +87,16 @@ class Law:
     def params(self) -> tuple[str, ...]:
         """Linear parameters, then nonlinear ones: the order of every parameter vector in this package."""
         return self.linear + self.nonlinear
+
+    @property
+    def free(self) -> int:
+        """How many parameters are not held at one value."""
+        return sum(t.lower < t.upper for t in self.terms) + sum(t.lower < t.upper for t in self.thetas)
+
+    @property
+    def separate(self) -> bool:
+        """Whether it is of several groups that share no parameter, so that each can be fitted alone."""
+        return bool(self.groups) and not set(self.params) & set(self.groups[0][1].params)
 
     def jets(self, logs: Logs, theta: Floats) -> list[Jet]:
         """Each term's signed raw shape at ``theta`` (draws, nonlinear); ``logs``: logarithms of the sizes, (rows,) each."""
@@ -114,6 +128,8 @@ def _shape(term: Term, logs: Logs, thetas: Thetas, refs: Logs | None) -> Jet:
         jet = term.shape(logs, thetas)
     else:
         jet = constant(np.ones(len(next(iter(logs.values())))))
+    if term.within:
+        jet = jet.scaled(logs[term.within])
     return jet if term.sign > 0 else -jet
 
 

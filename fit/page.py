@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import quote
 
 import numpy as np
 import pyarrow as pa
@@ -16,7 +17,7 @@ from fit.errors import FitError
 from fit.figures import figures, moving
 from fit.holdout import Holdout, leave_largest_out
 from fit.law_saturation import SaturationSize, saturation_size
-from fit.tables import numbers
+from fit.tables import numbers, where
 from fit.words import explain
 
 if TYPE_CHECKING:
@@ -63,11 +64,7 @@ def write(
     held = _held_out(result, table, cluster, constrained)
     drawn = figures(result, points, held if isinstance(held, Holdout) else None)
     files = {f"{name}.{kind}": content for name, kinds in drawn.items() for kind, content in kinds.items()}
-    files["fit.json"] = json.dumps(result.to_json(), indent=1, allow_nan=False).encode() + b"\n"
-    if len(result.draws):
-        text = io.StringIO()
-        np.savetxt(text, result.draws, delimiter=",", header=",".join(result.params), comments="")
-        files["draws.csv"] = text.getvalue().encode()
+    files |= _numbers_of(result)
     svgs = {name: kinds["svg"] for name, kinds in drawn.items()}
     files["report.html"] = page(result, svgs, held, _size(result, table), source).encode()
     out.mkdir(parents=True, exist_ok=True)
@@ -75,6 +72,32 @@ def write(
         _whole(out / name, content)
     for name in {"draws.csv", *(f"{name}.{kind}" for name in FIGURES for kind in ("png", "svg"))} - set(files):
         (out / name).unlink(missing_ok=True)
+
+
+def write_groups(result: "FitResult", table: pa.Table, out: Path, source: str = "", cluster: str = "auto") -> None:
+    """As `write`, of a fit to groups: fit.json and draws.csv of the whole in ``out``, each group's page and figures in a folder
+    of its own, named ``column=group``."""
+    groups = result.groups
+    if groups is None:
+        raise FitError("the fit has no groups; write makes its page")
+    for level in groups.levels:
+        folder = out / quote(f"{groups.column}={level}", safe=" =")
+        here = where(table, {groups.column: level})
+        write(result.group(level), here, folder, f"{source} {groups.column}={level}".strip(), cluster, constrained=True)
+    for name, content in _numbers_of(result).items():
+        _whole(out / name, content)
+    if not len(result.draws):
+        (out / "draws.csv").unlink(missing_ok=True)
+
+
+def _numbers_of(result: "FitResult") -> dict[str, bytes]:
+    """fit.json, and draws.csv where there are draws."""
+    files = {"fit.json": json.dumps(result.to_json(), indent=1, allow_nan=False).encode() + b"\n"}
+    if len(result.draws):
+        text = io.StringIO()
+        np.savetxt(text, result.draws, delimiter=",", header=",".join(result.params), comments="")
+        files["draws.csv"] = text.getvalue().encode()
+    return files
 
 
 def _whole(path: Path, content: bytes) -> None:
@@ -86,7 +109,7 @@ def _whole(path: Path, content: bytes) -> None:
 def _held_out(result: "FitResult", table: pa.Table, cluster: str, constrained: bool) -> Holdout | str:
     """The rolling leave-largest-out of the same fit, or why there is none."""
     if constrained:
-        return "the fit had bounds, fixed values or weights, which it does not take"
+        return "the fit had bounds, fixed values or weights, or shared parameters, which it does not take"
     if result.n > _HELD_OUT_ROWS:
         return f"{result.n} rows take minutes (the page makes it up to {_HELD_OUT_ROWS}); fit.holdout.leave_largest_out does it"
     draws = min(len(result.draws), _HELD_OUT_DRAWS)

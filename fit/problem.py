@@ -60,6 +60,22 @@ class Problem:
         return np.array(lower), np.array(upper)
 
     @cached_property
+    def blocks(self) -> dict[str, NDArray[np.intp]]:
+        """Row numbers of each of the law's groups, by the name of its indicator; all rows as "" of a law without groups."""
+        groups = {f"[{level}]": np.flatnonzero(self.logs[f"[{level}]"]) for level, _ in self.law.groups}
+        return groups or {"": np.arange(self.y.shape[-1])}
+
+    def plain(self, p: Floats) -> Floats:
+        """Parameters (draws, params) in the table's own units, from the solver's."""
+        m = len(self.law.terms)
+        out = self.law.uncentre(p, self.refs)
+        out[:, :m] *= self.scale
+        for i, theta in enumerate(self.law.thetas):
+            if theta.kind == "break":
+                out[:, m + i] = np.exp(p[:, m + i])
+        return out
+
+    @cached_property
     def held(self) -> NDArray[np.bool_]:
         """(params,): those whose bounds are one value."""
         return np.equal(*self.bounds)

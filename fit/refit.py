@@ -22,7 +22,7 @@ _CHUNK = 2_000_000  # numbers in a grid's linear parameters that are worked on a
 def sums_of_squares(problem: Problem) -> Floats:
     """(tables,): each table's least sum of squared residuals, in the residuals' unit; infinite where nothing fits.
 
-    ``problem`` is one of squares (``delta`` infinite, weights all one).
+    ``problem`` is one of squares (``delta`` infinite) whose tables share their weights.
     """
     cells, theta = grid(problem)
     basis = problem.basis(theta)
@@ -58,7 +58,7 @@ def _starts(problem: Problem, basis: Floats, theta: Floats, cells: NDArray[np.in
 
     m, shape = basis.shape[2], cells.max(axis=0, initial=0) + 1
     # Relative residuals stand in for log residuals, by the tables' common mean: a start need be no better.
-    weight = 1.0 / problem.y.mean(axis=0) if problem.log else np.ones(basis.shape[1])
+    weight = np.sqrt(problem.weights[0]) / (problem.y.mean(axis=0) if problem.log else 1.0)
     c, gain = _linear(basis * weight[:, None], problem.y * weight, problem.bounds[0][:m], problem.bounds[1][:m])
     # A plateau, where a term does nothing, is one optimum: a slope far below what matters leaves it one highest corner.
     hill = (gain + 1e-12 * np.abs(gain).max() * cells.sum(axis=1)[:, None]).reshape(*shape, -1)

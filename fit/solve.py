@@ -10,7 +10,7 @@ import numpy as np
 
 from fit.errors import FitError
 from fit.problem import LOSSES, Problem, local
-from fit.starts import starts
+from fit.starts import starts, table_starts
 from fit.tables import Floats
 
 STARTS = 6
@@ -35,7 +35,14 @@ class Solution:
 
 def solve(problem: Problem) -> Solution:
     """The best optimum found for the problem's first table."""
-    candidates = starts(problem, STARTS)
+    if problem.law.groups:
+        from fit.group_search import group_starts, solve_each  # imported here: it solves its groups by this module
+
+        if problem.law.separate:
+            return solve_each(problem)
+        candidates = group_starts(problem, STARTS)
+    else:
+        candidates = starts(problem, STARTS)
     if not len(candidates):
         raise FitError(f"law {problem.law.name}: no start gives positive predictions; use a loss on linear residuals (huber)")
     return best_of(problem, candidates)
@@ -57,6 +64,10 @@ def solve_tables(problem: Problem, warm: Floats, tolerance: float = 1e-6) -> Flo
 
     To a millionth, far below what draws differ by.
     """
+    if problem.law.separate:
+        from fit.group_search import solve_each_tables
+
+        return solve_each_tables(problem, warm, tolerance)
     tables = max(len(problem.y), len(problem.weights))
     size = max(1, _CHUNK // (problem.y.shape[1] * len(problem.law.params)))
     out = np.empty((tables, len(warm)))
@@ -64,20 +75,15 @@ def solve_tables(problem: Problem, warm: Floats, tolerance: float = 1e-6) -> Flo
         chosen = np.arange(first, min(first + size, tables))
         part = problem.take(chosen)
         p = np.tile(warm, (len(chosen), 1))
-        if len(problem.law.thetas) <= 1:
+        if len(problem.law.thetas) <= 1 and not problem.law.groups:
             p = _better_starts(part, p)
         out[chosen] = polish(part, p, tolerance)[0]
     return out
 
 
 def _better_starts(problem: Problem, p: Floats) -> Floats:
-    out = p.copy()
-    for t in range(len(p)):
-        one = problem.take(np.array([t]))
-        found = starts(one, 1)
-        if len(found) and one.objective(found)[0] < one.objective(p[t : t + 1])[0]:
-            out[t] = found[0]
-    return out
+    found = table_starts(problem)
+    return np.where((problem.objective(found) < problem.objective(p))[:, None], found, p)
 
 
 def polish(problem: Problem, p: Floats, tolerance: float = 1e-10) -> tuple[Floats, Floats]:

@@ -68,7 +68,8 @@ def _read_path(path: Path) -> pa.Table:
         if path.suffix == ".csv":
             from pyarrow import csv
 
-            return csv.read_csv(path)
+            # Only an empty cell is none: "n/a" or "NaN" are then named as what they are.
+            return csv.read_csv(path, convert_options=csv.ConvertOptions(null_values=[""]))
         if path.suffix == ".parquet":
             import pyarrow.parquet as pq
 
@@ -76,10 +77,38 @@ def _read_path(path: Path) -> pa.Table:
         if path.suffix in (".jsonl", ".ndjson", ".json"):
             from pyarrow import json
 
-            return json.read_json(path)
+            try:
+                return json.read_json(path)
+            except pa.ArrowInvalid:
+                return _json_lines(path)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise FitError(f"{path}: cannot be read: {_one_line(error)}") from None
     raise FitError(f"{path}: unknown kind of table; .csv, .parquet, .jsonl (one object a line) or a folder of .parquet")
+
+
+def _json_lines(path: Path) -> pa.Table:
+    """What pyarrow refuses: a column of mixed types is read as text, so that its first bad cell can be named, and so can a line
+    that is no object."""
+    import json
+
+    rows = []
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            raise FitError(f"{path}, line {number}: not JSON ({_one_line(error)}); one object a line is needed") from None
+        if not isinstance(rows[-1], dict):
+            raise FitError(f'{path}, line {number}: not a JSON object; one object a line is needed, such as {{"N": 1e6}}')
+    columns = {}
+    for name in dict.fromkeys(name for row in rows for name in row):
+        cells = [row.get(name) for row in rows]
+        try:
+            columns[name] = pa.array(cells)
+        except pa.ArrowException:
+            columns[name] = pa.array([None if cell is None else str(cell) for cell in cells])
+    return pa.table(columns)
 
 
 def column(table: pa.Table, name: str, role: str = "") -> pa.ChunkedArray:

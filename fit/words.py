@@ -26,6 +26,8 @@ _WORDS = {
     "beyond": "By this law a doubling is still worth it {} beyond the largest fitted size.",
     "no-optimum": "In {} of the draws one of the law's terms is nothing, so that no split of compute is optimal.",
     "crossings": "The two curves cross {} times within reach; the last crossing is given, from which on the winner stays ahead.",
+    "open": "The profile of {} has no end on one side: the data do not limit it there.",
+    "better-elsewhere": "On the way along {} there is a better fit than the one that was found; the search missed it.",
     "no-draws": "No interval: it needs the draws of a bootstrap.",
 }
 

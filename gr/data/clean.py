@@ -4,7 +4,7 @@ The rules, in order:
 
 - Exact duplicates (user, item, time) are removed, the first row stays. The same item at another time is a real repeat and stays;
   so does an item with unknown times, which nothing shows to be the same event.
-- A user's rows are sorted by time, stably: rows of one time keep the file's order, or where it is asked for are put in a random one
+- A user's rows are sorted by time, stably: rows of one time keep the file's order, or a random one where that is asked for
   (an order that the times do not tell may tell a recommender more than they do). Where one of a user's times is unknown, the
   file's order stands, since it is all that is known.
 - Users with too few items are dropped; then the k-core.

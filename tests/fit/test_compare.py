@@ -205,3 +205,38 @@ def test_requests_that_make_no_sense(laws, columns, kwargs, message):
     with pytest.raises(FitError) as error:
         compare_laws({"N": N, "y": CEILING, "minus": -CEILING}, laws, columns, **kwargs)
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_weights_are_reciprocal_variances():
+    """By hand: the density of each row with its own variance, at weighted least squares; and a common factor changes nothing."""
+    w = np.random.default_rng(2).uniform(0.2, 5, size=12)
+    bent = STRAIGHT - 0.0005 * np.log2(np.maximum(N, 5e6) / 5e6)
+    table = {"N": N, "y": bent + noise(0, 4e-4) / np.sqrt(w), "w": w, "w7": 7 * w}
+    columns, laws = {"N": "N", "R": "y"}, ["log-linear", "hinge"]
+    found = compare_laws(table, laws, columns, bootstrap=49, weights="w")
+    root = np.sqrt(w)
+    line = np.polyfit(np.log2(N), table["y"], 1, w=root)
+    variance = np.mean((root * (np.polyval(line, np.log2(N)) - table["y"])) ** 2) / w
+    by_hand = -0.5 * np.sum(np.log(2 * np.pi * variance) + (np.polyval(line, np.log2(N)) - table["y"]) ** 2 / variance)
+    assert found.laws[0].log_likelihood == pytest.approx(by_hand, rel=1e-9)
+    again = compare_laws(table, laws, columns, bootstrap=49, weights="w7")
+    assert [law.aicc for law in again.laws] == pytest.approx([law.aicc for law in found.laws], rel=1e-9)
+    assert found.tests[0].statistic > 0.1 and again.tests[0].statistic == pytest.approx(found.tests[0].statistic, rel=1e-4)
+
+
+def test_replicates_weights_are_the_same_for_every_law():
+    table = {"N": N, "M": np.tile([1e5, 1e6], 6), "y": CEILING + noise(0, 4e-4)}
+    columns = {"N": "N", "N_SI": "N", "N_CF": "M", "R": "y"}
+    with pytest.raises(FitError, match="every size has one row only"):  # in both sizes together there are no replicates
+        compare_laws(table, ["ceiling", "two-term"], columns, bootstrap=0, weights="replicates")
+    one = compare_laws(table, ["ceiling", "log-linear"], {"N": "N", "R": "y"}, bootstrap=0, weights="replicates")
+    assert np.allclose(one.laws[0].fit.problem.weights, one.laws[1].fit.problem.weights)
+
+
+def test_bounds_and_fixed_values_are_of_the_laws_that_have_them():
+    table, columns = {"N": N, "y": CEILING + noise(0, 4e-4)}, {"N": "N", "R": "y"}
+    found = compare_laws(table, ["ceiling", "log-linear"], columns, bootstrap=0, fixed={"R0": 0.1}, bounds={"a": (0.3, 0.35)})
+    ceiling, line = found.laws
+    assert ceiling.fit.params["R0"] == 0.1 and 0.3 <= ceiling.fit.params["a"] <= 0.35 and (ceiling.k, line.k) == (3, 3)
+    with pytest.raises(FitError, match="none of the laws ceiling, log-linear has a parameter 'q'"):
+        compare_laws(table, ["ceiling", "log-linear"], columns, bootstrap=0, fixed={"q": 1.0})

@@ -149,3 +149,17 @@ def test_matches_fit_law_on_the_last_cut():
     assert (last.fitted, last.predicted) == (7, pytest.approx(near.value[0], rel=1e-9))
     held = rows["R"][~inside]
     assert last.covered == pytest.approx(np.mean((near.low[0] <= held) & (held <= near.high[0])), abs=0.34)
+
+
+def test_bounds_fixed_values_and_weights_are_those_of_each_fit():
+    rows = table()
+    rows["w"] = np.linspace(1, 3, len(rows["N"]))
+    options = {"bounds": {"a": (0.1, 0.9)}, "fixed": {"R0": 0.1}, "weights": "w"}
+    result = leave_largest_out(rows, "ceiling", COLUMNS, loss="least-squares", bootstrap=0, **options)
+    assert min(row.fitted for row in result.rows) == 3  # two are free, and one more
+    first = next(row for row in result.rows if row.fitted == 4 and row.steps == 1)
+    small = {name: values[rows["N"] < LADDER[4] * 0.99] for name, values in rows.items()}
+    by_hand = fit_law(small, "ceiling", COLUMNS, loss="least-squares", **options)
+    assert first.predicted == pytest.approx(by_hand.predict({"N": LADDER[[4]]}).value[0], rel=1e-9)
+    weighted = leave_largest_out(rows, "ceiling", COLUMNS, loss="least-squares", bootstrap=20, weights="replicates")
+    assert weighted.next_error < 0.05

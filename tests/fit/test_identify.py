@@ -175,14 +175,3 @@ def test_replicates_are_grouped_by_size_and_label():
     design = Design(np.array([1, 0, 1, 0, 1]), np.array([0, 5, 1, 5, 0]))
     assert [[sorted(rows) for rows in group] for group in design.groups] == [[[1, 3]], [[0, 4], [2]]]
     assert design.dof == 1
-
-
-@pytest.mark.parametrize("power", [0.0, 1.0])
-def test_noise_that_grows_with_the_metric_is_drawn_so(power):
-    from fit.uncertainty import Design, _noise_power
-
-    rng = np.random.default_rng(0)
-    mean = np.repeat(np.geomspace(0.01, 0.1, 10), 5)
-    y = mean + 0.0005 * (mean / 0.03) ** power * rng.normal(size=50)
-    rung = np.repeat(np.arange(10), 5)
-    assert _noise_power(y, Design(rung, np.tile(np.arange(5), 10))) == power

@@ -127,7 +127,7 @@ def test_what_is_not_identified_has_an_interval_and_no_point(tmp_path):
     table = read_table(
         {"N": N, "recall": 0.01 * np.log2(N / 1e4) * (1 + 0.01 * rng.normal(size=24)), "seed": np.tile([0, 1, 2], 8)}
     )
-    result = ceiling(table, bootstrap=40)
+    result = ceiling(table, bootstrap=40, cluster="rows")
     assert "a" in result.unidentified and result.reduced
     (tmp_path / "report.html").write_text(page(result, SVGS, "", None))
     read = Page(tmp_path / "report.html")
