@@ -7,3 +7,15 @@ Normalize = Literal["vocabulary", "catalogue"]
 
 SharedTitles = Literal["merge", "expand"]
 """What a title that several items have stands for: one item, or all of them in turn (`gr.llm.titles`)."""
+
+Gradient = Literal["straight-through", "rotation"]
+"""How the gradient of an RQ-VAE's decoder reaches its encoder through the codes (`gr.sid.rqvae`)."""
+
+Codebooks = Literal["loss", "ema"]
+"""How an RQ-VAE's codebooks are learnt: by a loss, or as moving averages of what chose them (`gr.sid.rqvae`)."""
+
+Collisions = Literal["extra-digit", "sinkhorn", "allow"]
+"""What becomes of items with the same codes: a digit more, a balanced last level (`gr.sid.collisions`), or one SID for all."""
+
+Pooling = Literal["mean", "last"]
+"""How the vectors of a text's tokens become one: their mean, or the last token's (`gr.sid.encoder`)."""

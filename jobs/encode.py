@@ -1,27 +1,48 @@
-"""Embeds the catalogue's text by a frozen encoder."""
+"""Embeds the catalogue's text by a frozen encoder, or by a reference without one."""
 
+import hashlib
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from numpy.typing import NDArray
 
 from gr.data.split import Split
 from gr.errors import UserError
-from gr.sid.encoder import encode_texts, load_encoder, most_tokens
-from gr.text import item_texts
+from gr.sid.encoder import embed, in_order, load_encoder, most_tokens, text_batches
+from gr.sid.references import random_vectors, templated, tfidf_vectors
 from jobs.config import EncodeConfig
 from jobs.runtime import Context, main
 
+Vectors = NDArray[np.float32]
+CHUNK = 16
+"""Batches whose embeddings are one file: what a killed run does again at most."""
+
 
 def body(context: Context[EncodeConfig]) -> None:
-    config = context.config
-    torch.set_num_threads(context.run.launch.threads)
-    fresh = "encoder" in context.run.inputs
-    if fresh == (config.model is not None):
-        raise UserError("run.yaml: an encoder is either inputs.encoder or config.model; give one of them")
-    model, tokenizer = load_encoder(str(context.input("encoder")) if fresh else context.model(str(config.model)))
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
-    texts = item_texts(Split(context.input("split")).items())
-    vectors = encode_texts(model, tokenizer, texts, min(config.max_tokens, most_tokens(model, tokenizer)), config.batch)
+    config, launch = context.config, context.run.launch
+    torch.set_num_threads(launch.threads)
+    given = [bool(context.run.inputs.get("encoder")), *(x is not None for x in (config.model, config.tfidf, config.random))]
+    if sum(given) != 1:
+        raise UserError(
+            "run.yaml: an encoder is either inputs.encoder or one of config.model, config.tfidf, config.random; give one of them"
+        )
+    if launch.zero or launch.accumulation > 1:
+        raise UserError("run.yaml: launch: stage encode trains nothing; leave out zero and accumulation")
+    texts = templated(Split(context.input("split")).items(), config.template)
+    if config.tfidf or config.random:
+        vectors, kind = _reference(config, texts), "tfidf" if config.tfidf else "random"
+        context.facts.update(n_llm=0, encoder=kind, encoder_init=kind)
+    else:
+        vectors = _encoded(context, texts)
+    if not context.is_main:
+        return
     flat = pa.array(vectors.ravel(), pa.float32())
     table = pa.table(
         {
@@ -30,12 +51,69 @@ def body(context: Context[EncodeConfig]) -> None:
         }
     )
     pq.write_table(table, context.out / "embeddings.parquet")
+    context.facts["d_embedding"] = vectors.shape[1]
+
+
+def _reference(config: EncodeConfig, texts: list[str]) -> Vectors:
+    if config.tfidf:
+        return tfidf_vectors(texts, config.tfidf.dims, config.tfidf.seed)
+    assert config.random
+    return random_vectors(len(texts), config.random.dims, config.random.seed)
+
+
+def _encoded(context: Context[EncodeConfig], texts: list[str]) -> Vectors:
+    """By a neural net, in chunks that the processes share; all of them on the first process, its own on the others.
+
+    The batches do not depend on the number of processes, so neither does a bit of the result. A chunk is a file that comes whole,
+    by a rename; the first process waits for the others' (a launcher ends them all where one fails).
+    """
+    config, launch = context.config, context.run.launch
+    fresh = "encoder" in context.run.inputs
+    model, tokenizer = load_encoder(str(context.input("encoder")) if fresh else context.model(str(config.model)))
+    model.to(f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu")
+    if launch.precision == "bf16":
+        model.bfloat16()
+    batches = text_batches(tokenizer, texts, min(config.max_tokens, most_tokens(model, tokenizer)), config.batch)
+    chunks = [batches[start : start + CHUNK] for start in range(0, len(batches), CHUNK)]
+    folder = _chunk_folder(context)
+    files = [folder / f"{number:06d}.npy" for number in range(len(chunks))]
+    if found := sum(file.is_file() for file in files):
+        context.log(event="resumed", done=found, of=len(files))
+    for chunk, file in list(zip(chunks, files, strict=True))[context.rank :: launch.processes]:
+        if not file.is_file():
+            _save(file, np.concatenate([embed(model, b, tokenizer.pad_token_id, config.pooling) for b in chunk]))
+        context.log(done=sum(f.is_file() for f in files), of=len(files))
     context.facts.update(
         n_llm=sum(p.numel() for p in model.parameters()),
         encoder="fresh" if fresh else config.model,
         encoder_init="fresh" if fresh else "pretrained",
-        d_embedding=vectors.shape[1],
     )
+    if not context.is_main:
+        return np.empty((0, 0), dtype=np.float32)
+    while not all(file.is_file() for file in files):
+        time.sleep(0.1)
+    return in_order(batches, [np.load(file) for file in files])
+
+
+def _chunk_folder(context: Context[EncodeConfig]) -> Path:
+    """Where this run's chunks lie, and those of no other configuration; removed with ``checkpoint`` when the artifact is in
+    place."""
+    signature = context.signature() | {"launch": context.run.launch.precision}
+    name = "encoded-" + hashlib.sha256(json.dumps(signature, sort_keys=True).encode()).hexdigest()[:16]
+    place = context.work / "checkpoint"
+    if context.is_main and place.is_dir():
+        for other in place.iterdir():
+            if other.name != name:
+                shutil.rmtree(other)
+    (place / name).mkdir(parents=True, exist_ok=True)
+    return place / name
+
+
+def _save(file: Path, vectors: Vectors) -> None:
+    aside = file.with_name(f".{file.name}.{os.getpid()}")
+    with aside.open("wb") as opened:
+        np.save(opened, vectors)
+    aside.replace(file)
 
 
 if __name__ == "__main__":

@@ -26,12 +26,14 @@ def evaluate(
     batch: int,
     rank: Rank,
     stand_in: Callable[[int], int] = lambda item: item,
+    observe: Callable[[NDArray[np.int64]], None] | None = None,
 ) -> None:
     """Ranks every user's items and writes hits.parquet and the metrics into the facts.
 
     ``rank(histories)``: (users, k) item numbers, best first, -1 where fewer than k. ``stand_in(item)``: the item that a hit
-    on ``item`` is looked for as, where the ranking has one item for several. Users are taken in order of the length of their
-    history, so that a batch holds little padding.
+    on ``item`` is looked for as, where the ranking has one item for several. ``observe(targets)`` is called after each batch with
+    its (users,) targets, for what else a job measures. Users are taken in order of the length of their history, so that a batch
+    holds little padding.
     """
     began = logged = time.monotonic()
     rows = list(split.evaluation_users(which, limit=users))
@@ -43,6 +45,8 @@ def evaluate(
         some = rows[start : start + batch]
         ranked = rank([r.history for r in some])
         ranks.append(target_ranks(ranked, np.array([stand_in(r.target) for r in some])))
+        if observe is not None:
+            observe(np.array([r.target for r in some], dtype=np.int64))
         if time.monotonic() - logged > LOG_SECONDS:
             context.log(done=start + len(some), of=len(rows))
             logged = time.monotonic()

@@ -171,8 +171,9 @@ class NextTitle(nn.Module):
         self.lm, self.trie = lm, trie
 
     def forward(self, input_ids: Tensor, positions: Tensor, targets: Tensor, nodes: Tensor) -> Tensor:
-        """Summed negative log-likelihood (nats) of the target tokens; shapes in `gr.llm.sequences.Batch`."""
-        return self.token_nll(input_ids, positions, targets, nodes).sum()
+        """Summed negative log-likelihood (nats) of the target tokens; in fp64, for how a batch is cut must not show; shapes in
+        `gr.llm.sequences.Batch`."""
+        return self.token_nll(input_ids, positions, targets, nodes).double().sum()
 
     def token_nll(self, input_ids: Tensor, positions: Tensor, targets: Tensor, nodes: Tensor) -> Tensor:
         """(targets,) negative log-likelihood of each target token, in fp32 or wider."""

@@ -1,7 +1,8 @@
 """The decoder-only SID recommender: one causal pass over a user's SIDs predicts every item from those before it.
 
-To a causal model a catalogue of SIDs is what a catalogue of titles is, token sequences none of which begins another. So sequences,
-loss and decoding are those of LLM-as-RS (`gr.llm`); what differs is the vocabulary, and that there is nothing to pretrain on.
+To a causal model a catalogue of SIDs is what a catalogue of titles is, token sequences none of which begins another. So
+sequences, loss and decoding are those of LLM-as-RS (`gr.llm`); what differs is the vocabulary, and that there is nothing to
+pretrain on.
 """
 
 from pathlib import Path
@@ -20,15 +21,14 @@ from gr.sid.sids import SidTable
 
 
 def sid_titles(sids: SidTable) -> Titles:
-    """The SIDs as `Titles`: item i is title i, of as many tokens as a SID has digits; token 0 begins a sequence."""
-    items, digits = sids.tokens.shape
-    numbers = np.arange(items)
+    """The SIDs as `Titles`: SID s is title s, of as many tokens as it has digits; token 0 begins a sequence."""
+    count, digits = sids.distinct.shape
     return Titles(
         frame=Frame(bos=(0,), end=0, pad=0),
-        tokens=sids.tokens.reshape(-1),
-        offsets=np.arange(items + 1) * digits,
-        of_item=numbers,
-        members=numbers[:, None],
+        tokens=sids.distinct.reshape(-1),
+        offsets=np.arange(count + 1) * digits,
+        of_item=sids.of_item,
+        members=sids.members,
         policy="expand",
         counts={},
     )

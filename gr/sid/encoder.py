@@ -1,4 +1,4 @@
-"""Item text to item embedding: a frozen `AutoModel`, mean-pooled; and a fresh one, trained on the catalogue's own text.
+"""Item text to item embedding: a frozen `AutoModel`, pooled; and a fresh one, trained on the catalogue's own text.
 
 The fresh encoder is BERT-shaped and trained by contrast: two random halves of the same item's words are to lie closer than
 halves of different items (InfoNCE, van den Oord et al. 2018, eq. 4; the views are the word deletion of CLEAR, Wu et al. 2020). It
@@ -6,6 +6,7 @@ sees titles and attributes only, never an interaction.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, PreTrainedModel, PreTrainedTokenizerBase
 
 from gr.errors import UserError
+from gr.terms import Pooling
 
 TEMPERATURE = 0.1
 KEPT_WORDS = 0.5
@@ -39,7 +41,7 @@ def fresh_encoder(vocab: int, layers: int, d_model: int, heads: int, d_ff: int, 
 
 
 def load_encoder(name_or_path: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Any `AutoModel` by hub name or path, frozen; of an encoder-decoder the encoder alone.
+    """Any `AutoModel` by hub name or path, encoder or decoder, frozen; of an encoder-decoder the encoder alone.
 
     UserError when it can't be loaded, or when its file lacks weights that would then be random. A pooler that the file lacks is
     dropped: nothing here uses it, and it would be counted.
@@ -67,6 +69,16 @@ def mean_pool(hidden: Tensor, mask: Tensor) -> Tensor:
     return (hidden * weight).sum(1) / weight.sum(1).clamp(min=1.0)
 
 
+def last_pool(hidden: Tensor, mask: Tensor) -> Tensor:
+    """(items, tokens, d) and (items, tokens) to (items, d): the last token that is no padding, in fp32; a decoder has read all
+    there."""
+    last = mask.sum(1).clamp(min=1) - 1  # padding is on the right
+    return hidden[torch.arange(len(hidden), device=hidden.device), last].float()
+
+
+POOL = {"mean": mean_pool, "last": last_pool}
+
+
 def most_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
     """How many tokens the encoder can take; absurdly many where neither it nor its tokenizer has a limit.
 
@@ -79,23 +91,48 @@ def most_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> i
     return int(min(limit for limit in limits if limit and limit > 0))
 
 
-@torch.no_grad()
-def encode_texts(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_tokens: int, batch: int
-) -> NDArray[np.float32]:
-    """(texts, d) mean-pooled embeddings; batched by length, so that little of a batch is padding."""
+@dataclass(frozen=True)
+class TextBatch:
+    """``rows``: which texts, of like length; ``ids``: their token numbers."""
+
+    rows: list[int]
+    ids: list[list[int]]
+
+
+def text_batches(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_tokens: int, batch: int) -> list[TextBatch]:
+    """All texts in batches by length, so that little of a batch is padding; the same ones whoever embeds them."""
     ids = tokenizer(list(texts), truncation=True, max_length=max_tokens)["input_ids"]
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
-    out: NDArray[np.float32] | None = None
-    for start in range(0, len(order), batch):
-        rows = order[start : start + batch]
-        tokens, mask = pad([ids[i] for i in rows], tokenizer.pad_token_id)
-        hidden = model(input_ids=tokens.to(model.device), attention_mask=mask.to(model.device)).last_hidden_state
-        pooled = mean_pool(hidden, mask.to(model.device)).cpu().numpy()
-        if out is None:
-            out = np.empty((len(texts), pooled.shape[1]), dtype=np.float32)
-        out[rows] = pooled
-    assert out is not None, "a catalogue is never empty"
+    groups = [order[start : start + batch] for start in range(0, len(order), batch)]
+    return [TextBatch(rows, [ids[i] for i in rows]) for rows in groups]
+
+
+@torch.no_grad()
+def embed(model: PreTrainedModel, batch: TextBatch, padding: int, pooling: Pooling = "mean") -> NDArray[np.float32]:
+    """(texts of the batch, d) pooled embeddings."""
+    tokens, mask = (t.to(model.device) for t in pad(batch.ids, padding))
+    pooled: Tensor = POOL[pooling](model(input_ids=tokens, attention_mask=mask).last_hidden_state, mask)
+    return pooled.cpu().numpy()
+
+
+def encode_texts(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    max_tokens: int,
+    batch: int,
+    pooling: Pooling = "mean",
+) -> NDArray[np.float32]:
+    """(texts, d) pooled embeddings."""
+    batches = text_batches(tokenizer, texts, max_tokens, batch)
+    return in_order(batches, [embed(model, b, tokenizer.pad_token_id, pooling) for b in batches])
+
+
+def in_order(batches: Sequence[TextBatch], parts: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
+    """The batches' embeddings in the order of the texts."""
+    vectors = np.concatenate(parts)
+    out = np.empty_like(vectors)
+    out[np.concatenate([np.array(b.rows) for b in batches])] = vectors
     return out
 
 

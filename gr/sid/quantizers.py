@@ -1,30 +1,42 @@
-"""Residual quantization of item embeddings: residual k-means, and the RQ-VAE.
+"""Item embeddings to codes: residual k-means, and product quantization as its contrast. The RQ-VAE is in `gr.sid.rqvae`.
 
-Level l codes what levels 1..l-1 left over (residual quantization: Chen, Guan and Wang 2010; the RQ-VAE for recommendation:
-Rajput et al. 2023, "Recommender Systems with Generative Retrieval", section 3.1).
+In residual quantization level l codes what levels 1..l-1 left over (Chen, Guan and Wang 2010, "Approximate nearest neighbor
+search by residual vector quantization"), so that the first codes say most. In product quantization (Jégou, Douze and Schmid 2011)
+level l codes a part of the dimensions of its own, so that no level comes before another.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from itertools import pairwise
+from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from gr.sid.kmeans import kmeans, squared_distances
+from gr.sid.kmeans import DISTANCES_AT_ONCE, kmeans, nearest, squared_distances
 
 
 @dataclass(frozen=True)
 class Quantized:
-    """``codes``: (items, levels) int64; ``reconstruction``: (items, d) in the embedding's space; ``weights``: what was learnt."""
+    """``codes``: (items, levels) int64; ``reconstruction``: (items, d) in the embedding's space; ``weights``: what was learnt.
+
+    For another choice at the last level (`gr.sid.collisions`): ``last_points`` (items, d') is what that level codes,
+    ``last_book`` (width, d') its codebook, and ``rebuild`` makes (items, levels) codes that differ there only into a
+    reconstruction.
+    """
 
     codes: Tensor
     reconstruction: Tensor
     weights: dict[str, Tensor]
+    last_points: Tensor
+    last_book: Tensor
+    rebuild: Callable[[Tensor], Tensor]
 
     @property
     def n_parameters(self) -> int:
         return sum(w.numel() for w in self.weights.values())
+
+    def with_codes(self, codes: Tensor) -> "Quantized":
+        """The same quantizer's other codes, which may differ at the last level."""
+        return replace(self, codes=codes, reconstruction=self.rebuild(codes))
 
 
 def standardize(x: Tensor) -> Tensor:
@@ -33,135 +45,89 @@ def standardize(x: Tensor) -> Tensor:
     return x / x.square().sum(1).mean().sqrt().clamp(min=1e-12)
 
 
-def assign(x: Tensor, codebooks: Tensor) -> tuple[Tensor, Tensor]:
-    """(n, d) and (levels, width, d) -> (n, levels) codes, nearest centre level by level, and the (n, d) sum of the centres."""
-    residual, codes = x, []
-    for book in codebooks:
-        code = squared_distances(residual, book).argmin(1)
-        codes.append(code)
-        residual = residual - book[code]
-    return torch.stack(codes, 1), x - residual
+def assign(x: Tensor, codebooks: Tensor, beam: int = 1) -> tuple[Tensor, Tensor]:
+    """(n, d) and (levels, width, d) -> (n, levels) codes, and the (n, d) sum of the centres.
 
-
-def residual_kmeans(x: Tensor, levels: int, width: int, seed: int, normalize_residuals: bool = False) -> Quantized:
-    """Residual k-means of (items, d) embeddings; deterministic by ``seed``.
-
-    ``normalize_residuals`` scales each item's residual to unit length before the next level (GRID's recipe); the codes then no
-    longer sum to a reconstruction, so the scale of each residual is taken as known when the reconstruction is computed.
+    ``beam`` 1: nearest centre, level by level. More: of the ``beam`` best choices for the levels so far all are carried on, and
+    the best of the last level's is taken (Babenko and Lempitsky 2014, "Additive quantization", section 3.2; faiss'
+    `max_beam_size`).
     """
-    generator = torch.Generator().manual_seed(seed)
-    residual, scale = x, torch.ones(len(x), 1)
-    codes, books = [], []
-    for level in range(levels):
-        if normalize_residuals and level > 0:
-            length = residual.norm(dim=1, keepdim=True).clamp(min=1e-12)
-            residual, scale = residual / length, scale * length
-        book = kmeans(residual, width, generator)
-        code = squared_distances(residual, book).argmin(1)
-        residual = residual - book[code]
-        codes.append(code)
-        books.append(book)
-    return Quantized(torch.stack(codes, 1), x - residual * scale, {"codebooks": torch.stack(books)})
+    parts = []
+    for part in torch.split(x, _rows_at_once(codebooks.shape[1], beam)):
+        kept, codes = part[:, None, :], torch.zeros(len(part), 1, 0, dtype=torch.int64)
+        for book in codebooks:
+            kept, codes = _extend(kept, codes, book, beam)
+        parts.append((codes[:, 0], part - kept[:, 0]))
+    return torch.cat([codes for codes, _ in parts]), torch.cat([centres for _, centres in parts])
 
 
-class RQVAE(nn.Module):
-    """MLP encoder, residual codebooks in the latent space, MLP decoder."""
-
-    def __init__(self, d: int, hidden: tuple[int, ...], latent: int, levels: int, width: int) -> None:
-        super().__init__()
-        sizes = (d, *hidden, latent)
-        self.encoder = _mlp(sizes)
-        self.decoder = _mlp(sizes[::-1])
-        self.codebooks = nn.Parameter(torch.zeros(levels, width, latent))
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(n, d) -> codes (n, levels), reconstruction (n, d), and the codebook and commitment losses (per item, mean)."""
-        residual = self.encoder(x)
-        z, codes = residual, []
-        total = torch.zeros_like(z)
-        codebook_loss = commitment = torch.zeros((), device=x.device)
-        for book in self.codebooks:
-            code = squared_distances(residual.detach(), book.detach()).argmin(1)
-            vector = book[code]
-            codebook_loss = codebook_loss + (residual.detach() - vector).square().sum(1).mean()
-            commitment = commitment + (residual - vector.detach()).square().sum(1).mean()
-            codes.append(code)
-            total = total + vector
-            residual = residual - vector.detach()
-        straight_through = z + (total - z).detach()
-        return torch.stack(codes, 1), self.decoder(straight_through), codebook_loss, commitment
-
-    @torch.no_grad()
-    def start_codebooks(self, x: Tensor, generator: torch.Generator) -> None:
-        """Residual k-means of the latents, so that no code starts far from all data."""
-        residual = self.encoder(x)
-        for level in range(len(self.codebooks)):
-            book = kmeans(residual, self.codebooks.shape[1], generator, iterations=10)
-            self.codebooks[level] = book
-            residual = residual - book[squared_distances(residual, book).argmin(1)]
-
-    @torch.no_grad()
-    def restart_dead(self, x: Tensor, codes: Tensor, generator: torch.Generator) -> int:
-        """Moves every code that no row of ``codes`` uses to the residual of a random item; returns how many."""
-        moved = 0
-        residual = self.encoder(x)
-        for level, book in enumerate(self.codebooks):
-            used = torch.bincount(codes[:, level], minlength=len(book)) > 0
-            dead = torch.nonzero(~used).flatten()[: len(x)]
-            pick = torch.randperm(len(x), generator=generator)[: len(dead)]
-            self.codebooks[level, dead] = residual[pick]
-            residual = residual - book[codes[:, level]]
-            moved += len(dead)
-        return moved
+def _rows_at_once(width: int, beam: int) -> int:
+    return max(1, DISTANCES_AT_ONCE // (width * beam))
 
 
-def _mlp(sizes: tuple[int, ...]) -> nn.Sequential:
-    layers: list[nn.Module] = []
-    for a, b in pairwise(sizes):
-        layers += [nn.Linear(a, b), nn.ReLU()]
-    return nn.Sequential(*layers[:-1])
+def _extend(kept: Tensor, codes: Tensor, book: Tensor, beam: int) -> tuple[Tensor, Tensor]:
+    """One level more: (n, b, d) residuals and (n, b, levels) codes to the at most ``beam`` best of all b x width, best first."""
+    n, _, d = kept.shape
+    distance = squared_distances(kept.reshape(-1, d), book).reshape(n, -1)
+    if beam == 1:
+        choice = distance.argmin(1, keepdim=True)
+    else:
+        choice = distance.topk(min(beam, distance.shape[1]), dim=1, largest=False).indices
+    parent, code = choice // len(book), choice % len(book)
+    rows = torch.arange(n)[:, None]
+    return kept[rows, parent] - book[code], torch.cat([codes[rows, parent], code[..., None]], dim=2)
 
 
-def rqvae(
+def residual_kmeans(
     x: Tensor,
     levels: int,
     width: int,
     seed: int,
-    hidden: tuple[int, ...],
-    latent: int,
-    beta: float,
-    steps: int,
-    batch: int,
-    lr: float,
-    progress: Callable[[int, float], None] | None = None,
+    normalize_residuals: bool = False,
+    batch: int | None = None,
+    beam: int = 1,
 ) -> Quantized:
-    """Trains an RQ-VAE on (items, d) embeddings and codes them; deterministic by ``seed``.
+    """Residual k-means of (items, d) embeddings; deterministic by ``seed``.
 
-    Loss: reconstruction + codebook + ``beta`` x commitment, straight-through gradients (van den Oord et al. 2017, eq. 3). Codes
-    that a tenth of the run never used are restarted, in its first half. ``progress(step, loss)`` is called now and then.
-    Raises FloatingPointError when the loss is not finite.
+    ``normalize_residuals`` scales each item's residual to unit length before the next level (GRID's recipe); the codes then no
+    longer sum to a reconstruction, so the scale of each residual is taken as known when the reconstruction is computed.
+    ``batch``: mini-batches for the k-means. ``beam``: of the assignment after the fit, see `assign`; not with
+    ``normalize_residuals``.
     """
-    torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
-    model = RQVAE(x.shape[1], hidden, latent, levels, width)
-    model.start_codebooks(x, generator)
-    adam = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
-    every = max(1, steps // 10)
-    for step in range(steps):
-        rows = torch.randint(len(x), (min(batch, len(x)),), generator=generator)
-        _, reconstruction, codebook_loss, commitment = model(x[rows])
-        loss = (reconstruction - x[rows]).square().sum(1).mean() + codebook_loss + beta * commitment
-        if not torch.isfinite(loss):
-            raise FloatingPointError(f"RQ-VAE loss is {loss.item()} at step {step + 1} of {steps}")
-        adam.zero_grad()
-        loss.backward()
-        adam.step()
-        if (step + 1) % every == 0:
-            if progress is not None:
-                progress(step + 1, loss.item())
-            if step + 1 <= steps // 2:
-                with torch.no_grad():
-                    model.restart_dead(x, model(x)[0], generator)
-    with torch.no_grad():
-        codes, reconstruction, _, _ = model.eval()(x)
-    return Quantized(codes, reconstruction, {name: p.detach().clone() for name, p in model.named_parameters()})
+    points, scale = x, torch.ones(len(x), 1)
+    codes, books, scales = [], [], []
+    for level in range(levels):
+        if normalize_residuals and level > 0:
+            length = points.norm(dim=1, keepdim=True).clamp(min=1e-12)
+            points, scale = points / length, scale * length
+        book = kmeans(points, width, generator, batch=batch)
+        code = nearest(points, book)[1]
+        codes.append(code)
+        books.append(book)
+        scales.append(scale)
+        last, points = points, points - book[code]
+
+    def rebuild(codes: Tensor) -> Tensor:
+        return torch.stack([s * book[c] for s, book, c in zip(scales, books, codes.T, strict=True)]).sum(0)
+
+    weights = {"codebooks": torch.stack(books)}
+    if beam > 1:
+        best, centres = assign(x, weights["codebooks"], beam)
+        return Quantized(best, centres, weights, x - centres + books[-1][best[:, -1]], books[-1], rebuild)
+    return Quantized(torch.stack(codes, 1), x - points * scale, weights, last, books[-1], rebuild)
+
+
+def product_kmeans(x: Tensor, levels: int, width: int, seed: int, batch: int | None = None) -> Quantized:
+    """Product quantization of (items, d) embeddings: the dimensions in ``levels`` runs of as equal length as can be, and k-means
+    of each. ``levels`` may be at most d. Deterministic by ``seed``."""
+    generator = torch.Generator().manual_seed(seed)
+    parts = [part.contiguous() for part in x.tensor_split(levels, dim=1)]
+    books = [kmeans(part, width, generator, batch=batch) for part in parts]
+
+    def rebuild(codes: Tensor) -> Tensor:
+        return torch.cat([book[c] for book, c in zip(books, codes.T, strict=True)], dim=1)
+
+    codes = torch.stack([nearest(part, book)[1] for part, book in zip(parts, books, strict=True)], 1)
+    weights = {f"codebook.{level}": book for level, book in enumerate(books)}
+    return Quantized(codes, rebuild(codes), weights, parts[-1], books[-1], rebuild)

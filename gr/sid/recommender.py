@@ -72,7 +72,8 @@ class SidBatcher:
 
 
 class SidLoss:
-    """Sum over targets of the negative log-likelihood of the target's whole SID, in nats.
+    """Sum over targets of the negative log-likelihood of the target's whole SID, in nats; in fp64, for how a batch is cut must
+    not show.
 
     ``normalize``: over the whole "vocabulary" at every digit, as TIGER does; or over the "catalogue", that is, over the digits
     that continue the prefix to an existing SID. The latter makes the product of the digits' probabilities a distribution over
@@ -81,7 +82,7 @@ class SidLoss:
 
     def __init__(self, sids: SidTable, normalize: Normalize) -> None:
         self.normalize = normalize
-        self.trie = Trie.build(sids.tokens.tolist())
+        self.trie = Trie.build(sids.distinct.tolist())
 
     def __call__(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
         labels = inputs["labels"]
@@ -92,19 +93,19 @@ class SidLoss:
             decoder_input_ids=torch.cat([start, labels[:, :-1]], dim=1),
         ).logits.float()
         if self.normalize == "vocabulary":
-            return nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
+            return nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").double().sum()
         if self.trie.first_edge.device != labels.device:
             self.trie = self.trie.to(labels.device)
         return self._over_catalogue(logits, labels)
 
     def _over_catalogue(self, logits: Tensor, labels: Tensor) -> Tensor:
         node = torch.zeros(len(labels), dtype=torch.int64, device=labels.device)
-        loss = torch.zeros((), device=labels.device)
+        loss = torch.zeros((), dtype=torch.float64, device=labels.device)
         for digit in range(labels.shape[1]):
             token, child, exists = self.trie.children(node, digit)
             scores = logits[:, digit].gather(1, token).masked_fill(~exists, float("-inf"))
             chosen = (token == labels[:, digit, None]) & exists
-            loss = loss + scores.logsumexp(1).sum() - scores[chosen].sum()
+            loss = loss + (scores.logsumexp(1) - scores[chosen]).double().sum()
             node = child[chosen]
         return loss
 

@@ -4,12 +4,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
-from transformers import BertConfig, BertModel, RobertaConfig, RobertaModel
+from pydantic import ValidationError
+from transformers import BertConfig, BertModel, Qwen3Config, Qwen3ForCausalLM, RobertaConfig, RobertaModel, T5Config, T5Model
 
-from gr.sid.encoder import NO_WORD, TextViews, encode_texts, load_encoder, mean_pool, most_tokens
+from gr.errors import UserError
+from gr.sid.encoder import NO_WORD, TextViews, encode_texts, last_pool, load_encoder, mean_pool, most_tokens
+from gr.sid.references import random_vectors, templated, tfidf_vectors
 from gr.text import train_tokenizer
+from jobs.config import EncodeConfig
 
 TEXTS = ["red lamp; acme", "blue chair", "green desk", "tall lamp shade"]
 SIZES = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
@@ -57,3 +62,68 @@ def test_texts_are_cut_to_the_positions_a_model_has(tokenizer: Any, model: Any, 
     assert vectors.shape == (1, 32)
     with pytest.raises((IndexError, RuntimeError)):
         encode_texts(model, tokenizer, ["lamp " * 60], limit + 1, 4)
+
+
+def saved(tokenizer: Any, model: Any, folder: Path) -> tuple[Any, Any]:
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return load_encoder(str(folder))
+
+
+def test_a_decoder_is_pooled_at_its_last_token_whatever_stands_beside_it(tokenizer: Any, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16}
+    lm = Qwen3ForCausalLM(Qwen3Config(vocab_size=len(tokenizer), intermediate_size=64, **sizes))
+    model, again = saved(tokenizer, lm, tmp_path)
+    together = encode_texts(model, again, TEXTS, 64, 4, pooling="last")
+    for text, vector in zip(TEXTS, together, strict=True):
+        ids = torch.tensor([again(text)["input_ids"]])
+        with torch.no_grad():
+            alone = lm.eval().model(input_ids=ids).last_hidden_state[0, -1]
+        assert np.allclose(vector, alone.numpy(), atol=1e-5)
+    assert not np.allclose(together, encode_texts(model, again, TEXTS, 64, 4))
+    hidden, mask = torch.arange(12.0).reshape(2, 3, 2), torch.tensor([[1, 1, 0], [1, 1, 1]])
+    assert last_pool(hidden, mask).tolist() == [[2.0, 3.0], [10.0, 11.0]]
+
+
+def test_of_an_encoder_decoder_the_encoder_is_counted_and_run(tokenizer: Any, tmp_path: Path) -> None:
+    sizes = {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 1, "num_heads": 2}
+    whole = T5Model(T5Config(vocab_size=len(tokenizer), **sizes))
+    model, again = saved(tokenizer, whole, tmp_path)
+    assert sum(p.numel() for p in model.parameters()) == sum(p.numel() for p in whole.encoder.parameters())
+    assert encode_texts(model, again, TEXTS, 64, 2).shape == (4, 32)
+
+
+@pytest.fixture
+def items() -> pa.Table:
+    rows = [("a", "Red {lamp}", ["Acme", "Home"]), ("b", None, []), ("c", "Desk", [])]
+    return pa.Table.from_pylist([dict(zip(("key", "title", "attributes"), row, strict=True)) for row in rows])
+
+
+def test_a_template_says_what_is_encoded_of_an_item(items: pa.Table) -> None:
+    assert templated(items, EncodeConfig().template) == ["Red {lamp}; Acme, Home", "item b", "Desk"]
+    assert templated(items, "passage: {title} by {attributes}")[0] == "passage: Red {lamp} by Acme, Home"
+    for template, words in (
+        ("passage", "has nothing of the item"),
+        ("{titel}", "has {titel}; an item has {text}, {title}, {attributes}, {key}"),
+        ("{title.__class__}", "has {title.__class__}"),
+        ("{title", "a brace that is meant as one is written twice"),
+    ):
+        with pytest.raises(ValidationError, match=words.replace("{", r"\{").replace("}", r"\}")):
+            EncodeConfig(template=template)
+
+
+def test_references_are_repeatable_and_only_one_knows_the_text() -> None:
+    texts = [f"{kind} number{i}" for i in range(30) for kind in ("lamp bulb light", "chair seat wood")]
+    vectors = tfidf_vectors(texts, 3, seed=0)
+    assert vectors.shape == (60, 3) and np.array_equal(vectors, tfidf_vectors(texts, 3, seed=0))
+    unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    alike = unit @ unit.T
+    assert alike[0, 2::2].min() > 0.8 > 0.5 > alike[0, 1::2].max(), "the same kind, and the other"
+    random = random_vectors(4000, 3, seed=0)
+    assert np.array_equal(random, random_vectors(4000, 3, seed=0)) and not np.array_equal(random, random_vectors(4000, 3, seed=1))
+    assert np.allclose(np.cov(random.T), np.eye(3), atol=0.1)
+    with pytest.raises(UserError, match="dims is 61; 60 texts of 36 words have at most 36"):
+        tfidf_vectors(texts, 61, seed=0)
+    with pytest.raises(UserError, match="no words"):
+        tfidf_vectors(["!", "?"], 1, seed=0)
