@@ -1,10 +1,10 @@
 """What each stage can be told: one pydantic model per stage, with no torch behind it, so that a plan is checked in a moment.
 
-Everything here changes a stage's result and is part of its identity. Placement (processes, threads, paths) is in `Launch` and
-`Run`, and is not, but for the number of processes.
+Everything here changes a stage's result and is part of its identity, but for the paths of `Run` and the threads of `Launch`.
 """
 
 from pathlib import Path
+from string import Formatter
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
@@ -14,15 +14,19 @@ from gr.data.split import STREAMS
 from gr.data.split import LeaveOneOut as LeaveOneOut
 from gr.data.split import Protocol as Protocol
 from gr.data.split import Temporal as Temporal
+from gr.terms import Codebooks, Collisions, Gradient
 from gr.terms import Normalize as Normalize
+from gr.terms import Pooling as Pooling
 from gr.terms import SharedTitles as SharedTitles
 
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 Positive = Annotated[int, Field(gt=0)]
 SMALLEST_VOCAB = 256 + 3
 """Of a fresh byte-level tokenizer: every byte, and its three special tokens (`gr.text`)."""
+TEMPLATE_FIELDS = ("text", "title", "attributes", "key")
 Method = Literal["popularity", "item-knn", "markov", "bayes-optimal"]
 Which = Literal["val", "test"]
+Architecture = Literal["encoder-decoder", "decoder-only"]
 
 
 def _vocab(value: int) -> int:
@@ -38,7 +42,20 @@ def _processes(value: int) -> int:
     return value
 
 
+def _template(value: str) -> str:
+    try:
+        fields = [(name, spec, change) for _, name, spec, change in Formatter().parse(value) if name is not None]
+    except ValueError as error:
+        raise ValueError(f"{value!r}: {error}; a brace that is meant as one is written twice") from None
+    wrong = [f"{{{name}}}" for name, spec, change in fields if name not in TEMPLATE_FIELDS or spec or change]
+    if wrong or not fields:
+        known = ", ".join(f"{{{name}}}" for name in TEMPLATE_FIELDS)
+        raise ValueError(f"{value!r} has {wrong[0] if wrong else 'nothing of the item'}; an item has {known}")
+    return value
+
+
 Vocab = Annotated[Positive, AfterValidator(_vocab)]
+Template = Annotated[str, AfterValidator(_template)]
 Processes = Annotated[Positive, AfterValidator(_processes)]
 
 
@@ -53,7 +70,8 @@ class Optimizer(Config):
 
     steps: Positive
     global_batch: Annotated[int, Field(gt=0, multiple_of=STREAMS)] = 256
-    """Training units per step, over all processes: targets for SID-based GR, users for LLM-as-RS, items for text."""
+    """Training units per step, over all processes: targets for the encoder-decoder of SID-based GR, users (all of their targets)
+    for the decoder-only one and LLM-as-RS, items for text."""
     lr: Annotated[float, Field(gt=0)]
     lr_choice: str = "stated"
     """How ``lr`` was chosen, in words for the report: the one key that is no part of the identity."""
@@ -62,8 +80,6 @@ class Optimizer(Config):
     clip: Annotated[float, Field(gt=0)] = 1.0
     validations: Annotated[int, Field(ge=1)] = 5
     """How often the validation loss is measured, evenly over the run, the last time at its end."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    accumulate: Positive = 1
 
 
 class PlantConfig(Config):
@@ -97,30 +113,77 @@ class TrainEncoderConfig(Config):
     seed: Seed = 0
 
 
+class Tfidf(Config):
+    """TF-IDF of the texts' words, reduced to ``dims`` by a truncated SVD (`gr.sid.references`)."""
+
+    dims: Positive = 128
+    seed: Seed = 0
+
+
+class RandomVectors(Config):
+    """A random vector of ``dims`` per item, of which no text tells anything."""
+
+    dims: Positive = 64
+    seed: Seed = 0
+
+
 class EncodeConfig(Config):
-    """``model``: a hub name or local path, where the encoder is no stage of the study."""
+    """``model``: a hub name or local path, where the encoder is no stage of the study; ``tfidf``, ``random``: no neural net at
+    all.
+
+    ``template``: what is encoded of an item, of {text} (its title and attributes), {title}, {attributes} and {key}.
+    """
 
     model: str | None = None
+    tfidf: Tfidf | None = None
+    random: RandomVectors | None = None
+    template: Template = "{text}"
+    pooling: Pooling = "mean"
     max_tokens: Positive = 128
     batch: Positive = 64
 
 
 class QuantizeConfig(Config):
-    method: Literal["residual-kmeans", "rqvae"] = "residual-kmeans"
+    """``hidden`` to ``codebooks`` are of the RQ-VAE; ``kmeans_batch``: mini-batches, for a large catalogue (None: Lloyd's
+    algorithm).
+
+    ``assignment_beam``: how many choices for the levels so far a residual k-means carries on when it codes an item.
+    """
+
+    method: Literal["residual-kmeans", "rqvae", "product"] = "residual-kmeans"
     levels: Annotated[int, Field(ge=1, le=8)] = 3
     width: Annotated[int, Field(ge=2, le=65536)] = 256
+    collisions: Collisions = "extra-digit"
     normalize_residuals: bool = False
+    kmeans_batch: Positive | None = None
+    assignment_beam: Positive = 1
     hidden: tuple[Positive, ...] = (256, 128)
     latent: Positive = 64
     beta: Annotated[float, Field(ge=0)] = 0.25
     steps: Positive = 2000
     batch: Positive = 1024
     lr: Annotated[float, Field(gt=0)] = 1e-3
+    gradient: Gradient = "straight-through"
+    codebooks: Codebooks = "loss"
     seed: Seed = 0
+
+    @model_validator(mode="after")
+    def _method_has_it(self) -> "QuantizeConfig":
+        for key, method in (
+            ("normalize_residuals", "residual-kmeans"),
+            ("assignment_beam", "residual-kmeans"),
+            ("gradient", "rqvae"),
+            ("codebooks", "rqvae"),
+        ):
+            if self.method != method and getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(f"{key} is an option of method {method}, not of {self.method}")
+        if self.normalize_residuals and self.assignment_beam > 1:
+            raise ValueError("normalize_residuals leaves no sum of codes for assignment_beam to improve; give one of them")
+        return self
 
 
 class T5Size(Config):
-    """The same layers in encoder and decoder; heads x d_kv need not be d_model (paper.md's sizes)."""
+    """A SID recommender's; heads x d_kv need not be d_model (as in the sizes of Liu et al. 2025)."""
 
     layers: Positive
     d_model: Positive
@@ -130,7 +193,10 @@ class T5Size(Config):
 
 
 class TrainSidConfig(Config):
+    """``architecture``: a T5-style encoder-decoder of ``layers`` in each stack, or a causal transformer of ``layers`` in all."""
+
     size: T5Size
+    architecture: Architecture = "encoder-decoder"
     normalize: Normalize = "catalogue"
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
     max_history: Positive = 20
@@ -199,10 +265,30 @@ class BaselineConfig(Config):
 
 
 class Launch(Config):
-    """How a stage is started. ``processes`` > 1: `accelerate launch`, one process per device (gloo on CPU)."""
+    """How a stage is started (docs/launch.md). The global batch is `Optimizer.global_batch`, whatever stands here.
+
+    ``processes`` > 1: `accelerate launch`, one process per device (gloo on CPU). ``zero``: stage of ZeRO (arXiv 1910.02054), by
+    DeepSpeed: 1 shares Adam's moments among the processes, 2 the gradients too, 3 the weights too; 0: plain data parallelism.
+    ``offload`` "cpu": what ZeRO shares lies in main memory. ``accumulation``: micro-batches are this many times smaller.
+    """
 
     processes: Processes = 1
     threads: Positive = 1
+    precision: Literal["fp32", "bf16"] = "fp32"
+    zero: Literal[0, 1, 2, 3] = 0
+    offload: Literal["none", "cpu"] = "none"
+    accumulation: Positive = 1
+
+    @model_validator(mode="after")
+    def _offload_needs_zero(self) -> "Launch":
+        if self.offload == "cpu" and self.zero == 0:
+            raise ValueError("offload cpu needs zero 1, 2 or 3: only what ZeRO shares can be moved to main memory")
+        return self
+
+    def identity(self) -> dict[str, Any]:
+        """What may change a bit of the result: sums in another order, other dropout masks. Where it is not the default, so that a
+        key added here leaves the identities of earlier runs as they are; the number of processes always."""
+        return {"processes": self.processes, **self.model_dump(exclude={"processes", "threads"}, exclude_defaults=True)}
 
 
 STAGES: dict[str, type[Config]] = {
@@ -223,15 +309,18 @@ STAGES: dict[str, type[Config]] = {
 INTERFACE: dict[str, int] = dict.fromkeys(STAGES, 1)
 """Version of each stage's code interface: raised when its result changes for the same configuration."""
 
-PARALLEL = frozenset({"train_sid", "pretrain_llm", "train_llm"})
+PARALLEL = frozenset({"encode", "train_sid", "pretrain_llm", "train_llm"})
 """The stages that several processes can share. Every process of another would do and write the same, and a text encoder contrasts
 the items of a whole batch, so that shares of it would be another objective."""
+
+DIVISIBLE = frozenset({"train_sid", "pretrain_llm", "train_llm"})
+"""The training stages whose batches can be cut: they alone have `Launch.zero` and `Launch.accumulation`."""
 
 INPUTS: dict[str, dict[str, str]] = {
     "prepare": {"dataset": "plant"},
     "train_encoder": {"split": "prepare"},
     "encode": {"split": "prepare", "encoder": "train_encoder"},
-    "quantize": {"embeddings": "encode"},
+    "quantize": {"embeddings": "encode", "dataset": "plant"},
     "train_sid": {"split": "prepare", "sids": "quantize"},
     "evaluate_sid": {"split": "prepare", "sids": "quantize", "model": "train_sid"},
     "pretrain_llm": {"split": "prepare"},

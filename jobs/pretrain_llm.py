@@ -20,7 +20,7 @@ VALIDATION_BATCHES = 4
 
 def body(context: Context[PretrainLlmConfig]) -> None:
     config, optimizer = context.config, context.config.optimizer
-    accelerator = accelerator_for(context, optimizer.precision)
+    accelerator = accelerator_for(context, optimizer)
     items = Split(context.input("split")).items()
     tokenizer = train_tokenizer(title_texts(items)[0], config.vocab)
     titles = Titles.build(items, tokenizer, frame_of(tokenizer))
@@ -41,14 +41,11 @@ def body(context: Context[PretrainLlmConfig]) -> None:
             packed.append(pack(titles, numbers[:fit], 0))
         return packed
 
-    def micros(packed: list[Packed]) -> list[Batch]:
-        return micro_batches(packed, titles.frame.pad, trie, len(tokenizer), optimizer.accumulate)
-
-    def batches(step: int) -> list[Micro]:
+    def batches(step: int, accumulation: int) -> list[Micro]:
         mine = sample(TRAINING, step)[accelerator.process_index :: accelerator.num_processes]
         return [
             Micro(b.inputs, b.target_tokens, b.tokens, train_flops(counts, b.tokens, len(b.targets), b.pairs))
-            for b in micros(mine)
+            for b in micro_batches(mine, titles.frame.pad, trie, len(tokenizer), accumulation)
         ]
 
     held_out = [p for i in range(VALIDATION_BATCHES) for p in sample(VALIDATION, i)]

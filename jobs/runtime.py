@@ -3,8 +3,10 @@
 No torch is imported here, so that a stage without it starts in a moment.
 """
 
+import errno
 import fcntl
 import json
+import logging
 import os
 import platform
 import resource
@@ -23,11 +25,17 @@ from pydantic import ValidationError
 from gr.errors import UserError
 from gr.files import read_object, whole_folder, write_json
 from jobs.artifact import read_manifest, write_manifest
-from jobs.config import INPUTS, PARALLEL, STAGES, Config, Run
+from jobs.config import DIVISIBLE, INPUTS, PARALLEL, STAGES, Config, Launch, Run
 
 C = TypeVar("C", bound=Config)
 LOCK_SECONDS = 3.0
 """How long a work folder may stay another process's: one that was just killed needs a moment to be gone."""
+FULL = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the quota is used up",
+    errno.EFBIG: "a file would be larger than allowed",
+}
+logger = logging.getLogger(__name__)
 
 
 class RunFailed(Exception):  # noqa: N818 -- what it says happened
@@ -89,33 +97,41 @@ class Context(Generic[C]):
         return str(folder) if folder.is_dir() else name
 
     def signature(self) -> dict[str, Any]:
-        """What makes the result: configuration, inputs' identities, number of processes."""
+        """What makes the result: configuration, inputs' identities, and what counts of `launch`."""
         config = self.config.model_dump(mode="json")
         config.get("optimizer", {}).pop("lr_choice", None)  # words for the report
         return {
             "config": config,
             "inputs": {name: _identity(self.base / folder) for name, folder in self.run.inputs.items()},
-            "processes": self.run.launch.processes,
+            "launch": self.run.launch.identity(),
         }
 
-    def differs(self, other: dict[str, Any]) -> str:
-        """In what ``other`` (a manifest, or a checkpoint's signature) is of another run than this one; empty when in nothing."""
+    def differs(self, other: dict[str, Any], placed_alike: bool = True) -> str:
+        """In what ``other`` (a manifest, or a checkpoint's signature) is of another run than this one; empty when in nothing.
+
+        Without ``placed_alike`` all that counts of `launch` is the precision.
+        """
         mine = self.signature()
         config = json.loads(json.dumps(other["config"]))
         config.get("optimizer", {}).pop("lr_choice", None)
-        processes = other["processes"] if "processes" in other else other["launch"]["processes"]
         if config != mine["config"]:
             keys = sorted(k for k in config.keys() | mine["config"].keys() if config.get(k) != mine["config"].get(k))
             return f"config.{keys[0]} was {config.get(keys[0])}, is {mine['config'].get(keys[0])}"
         if other["inputs"] != mine["inputs"]:
             return f"inputs were {other['inputs']}, are {mine['inputs']}"
-        return "" if processes == mine["processes"] else f"processes were {processes}, are {mine['processes']}"
+        was = Launch.model_validate(other["launch"])
+        launch = self.run.launch if placed_alike else was.model_copy(update={"precision": self.run.launch.precision})
+        keys = sorted(k for k in Launch.model_fields if k != "threads" and getattr(was, k) != getattr(launch, k))
+        return f"launch.{keys[0]} was {getattr(was, keys[0])}, is {getattr(launch, keys[0])}" if keys else ""
 
     def log(self, **row: Any) -> None:
-        """Appends one line to metrics.jsonl (first process only)."""
+        """Appends one line to metrics.jsonl (first process only); on a full disk the line is lost, and the log says so."""
         if self.is_main:
-            with (self.work / "metrics.jsonl").open("a") as file:
-                file.write(json.dumps(row) + "\n")
+            try:
+                with (self.work / "metrics.jsonl").open("a") as file:
+                    file.write(json.dumps(row) + "\n")
+            except OSError as error:
+                logger.warning("%s: %s", self.work / "metrics.jsonl", error.strerror)
 
 
 def peak_memory() -> int:
@@ -153,12 +169,12 @@ def main(stage: str, body: Callable[[Context[Any]], None]) -> NoReturn:
         if context.is_main:
             (context.work / "failure.json").unlink(missing_ok=True)
     except UserError as error:
-        _fail(work, str(error), 2)
+        fail(work, str(error), 2)
     except RunFailed as error:
-        _fail(work, str(error), 1)
+        fail(work, str(error), 1)
     except Exception as error:
         traceback.print_exc()
-        _fail(work, f"{type(error).__name__}: {_one_line(error)}", 1)
+        fail(work, _reason(error), 1)
     sys.stdout.flush()
     sys.exit(0)
 
@@ -170,6 +186,9 @@ def _read_context(stage: str, path: Path) -> Context[Any]:
         raise UserError(f"{path}: stage is {run.stage!r}; this is jobs.{stage}")
     if run.launch.processes > 1 and stage not in PARALLEL:
         raise UserError(f"{path}: launch.processes is {run.launch.processes}; stage {stage} is done by one process")
+    for key, value in (("zero", run.launch.zero), ("accumulation", run.launch.accumulation - 1)):
+        if value and stage not in DIVISIBLE:
+            raise UserError(f"{path}: launch.{key} is {getattr(run.launch, key)}; only {', '.join(sorted(DIVISIBLE))} have it")
     _check_processes(run, path)
     try:
         config = STAGES[stage].model_validate(run.config)
@@ -236,6 +255,7 @@ def _run_body(context: Context[Any], body: Callable[[Context[Any]], None]) -> No
             facts=context.facts,
         )
     shutil.rmtree(context.work / "checkpoint", ignore_errors=True)  # the artifact is in place: nothing reads them any more
+    (context.work / "accumulation.json").unlink(missing_ok=True)
 
 
 def _identity(folder: Path) -> str:
@@ -262,10 +282,19 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def _fail(work: Path | None, reason: str, code: int) -> NoReturn:
+def _reason(error: Exception) -> str:
+    """One line; of a full disk one that says so, whichever library met it."""
+    said = [words for code, words in FULL.items() if getattr(error, "errno", None) == code or os.strerror(code) in str(error)]
+    return f"{said[0]}: {_one_line(error)}" if said else f"{type(error).__name__}: {_one_line(error)}"
+
+
+def fail(work: Path | None, reason: str, code: int) -> NoReturn:
     """Says why on stderr and in failure.json, and exits without waiting for other processes that may hang in a collective."""
     print(f"error: {reason}", file=sys.stderr, flush=True)
     if work is not None and work.is_dir() and int(os.environ.get("RANK", "0")) == 0:
-        write_json(work / "failure.json", {"reason": reason})
+        try:
+            write_json(work / "failure.json", {"reason": reason})
+        except OSError as error:  # stderr has said why
+            print(f"{work / 'failure.json'}: {error.strerror}", file=sys.stderr, flush=True)
     sys.stdout.flush()
     os._exit(code)

@@ -15,7 +15,7 @@ VALIDATION_BATCH = 10**9  # a step no training reaches: its views are those of v
 
 def body(context: Context[TrainEncoderConfig]) -> None:
     config, optimizer = context.config, context.config.optimizer
-    accelerator = accelerator_for(context, optimizer.precision)
+    accelerator = accelerator_for(context, optimizer)
     texts = item_texts(Split(context.input("split")).items())
     tokenizer = train_tokenizer(texts, config.vocab)
     torch.manual_seed(config.seed)
@@ -24,7 +24,7 @@ def body(context: Context[TrainEncoderConfig]) -> None:
     total, non_embedding = count_parameters(model)
     views = TextViews(tokenizer, texts, config.max_tokens, config.seed)
 
-    def batches(step: int) -> list[Micro]:
+    def batches(step: int, _accumulation: int) -> list[Micro]:
         tokens, mask = views.batch(step, optimizer.global_batch)
         count = int(mask.sum())
         return [Micro({"input_ids": tokens, "attention_mask": mask}, len(tokens) / 2, count, 6.0 * non_embedding * count)]

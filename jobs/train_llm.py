@@ -30,7 +30,7 @@ def backbone_source(context: Context[Any], model: str | None) -> str:
 
 def body(context: Context[TrainLlmConfig]) -> None:
     config, optimizer = context.config, context.config.optimizer
-    accelerator = accelerator_for(context, optimizer.precision)
+    accelerator = accelerator_for(context, optimizer)
     split = Split(context.input("split"))
     backbone, tokenizer = load_backbone(backbone_source(context, config.model), config.max_tokens)
     titles = Titles.build(split.items(), tokenizer, frame_of(tokenizer), config.shared_titles)
@@ -52,12 +52,12 @@ def body(context: Context[TrainLlmConfig]) -> None:
     )
     pad, vocab = titles.frame.pad, backbone.get_output_embeddings().weight.shape[0]
 
-    def batches(step: int) -> list[Micro]:
+    def batches(step: int, accumulation: int) -> list[Micro]:
         histories = [e.history for e in stream.batch(step)]
         packed = training_sequences(titles, histories, config.max_history, config.max_tokens)
         return [
             Micro(b.inputs, b.target_tokens, b.tokens, train_flops(counts, b.tokens, len(b.targets), b.pairs, n_lora))
-            for b in micro_batches(packed, pad, trie, vocab, optimizer.accumulate)
+            for b in micro_batches(packed, pad, trie, vocab, accumulation)
         ]
 
     users = split.evaluation_users("val", limit=VALIDATION_USERS)

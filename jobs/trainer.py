@@ -5,24 +5,26 @@ numbers of dropout are seeded by (seed, step, rank). So a run that was killed an
 """
 
 import math
-import os
+import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import Tensor, nn
 
-from gr.errors import UserError
 from jobs.checkpoint import Checkpoints
 from jobs.config import Optimizer
+from jobs.devices import accelerator_for as accelerator_for
+from jobs.parallel import Loss, Parallel, Replicated, Tensors
 from jobs.runtime import Context, RunFailed, peak_memory
+from jobs.smaller import accumulation, halve, out_of_memory, restart
+from jobs.stop import EXIT, StopRequest
+from jobs.watch import Watch
 
 M = TypeVar("M", bound=nn.Module)
-CHECKPOINT_SECONDS = float(os.environ.get("GRSCALE_CHECKPOINT_SECONDS", "60"))
 LOG_SECONDS = 1.0
 LEAST_LR = 0.1  # of the peak, at the end of the cosine
 
@@ -37,10 +39,15 @@ class Micro:
     tokens: int = 0
     flops: float = 0.0
 
+    @property
+    def rows(self) -> int:
+        return len(self.inputs["input_ids"])
+
 
 @dataclass
 class Progress:
-    """What a checkpoint keeps beside the weights."""
+    """What a checkpoint keeps beside the weights. ``launches``: [first step, processes, zero, accumulation] of every start that
+    differed from the one before; ``micro_batch``: rows of the largest micro-batch under the last of these."""
 
     best_loss: float | None = None
     best_step: int = 0
@@ -48,6 +55,10 @@ class Progress:
     flops: float = 0.0
     seconds: float = 0.0
     validations: list[list[float]] = field(default_factory=list)
+    checkpoints: int = 0
+    checkpoint_seconds: float = 0.0
+    launches: list[list[int]] = field(default_factory=list)
+    micro_batch: int = 0
 
 
 def learning_rate(optimizer: Optimizer, step: int) -> float:
@@ -59,28 +70,8 @@ def learning_rate(optimizer: Optimizer, step: int) -> float:
     return optimizer.lr * (LEAST_LR + (1 - LEAST_LR) * 0.5 * (1 + math.cos(math.pi * done)))
 
 
-def accelerator_for(context: Context[Any], precision: str) -> Accelerator:
-    """The accelerator of this process, checked against what the run asked for."""
-    torch.set_num_threads(context.run.launch.threads)
-    use_cuda = torch.cuda.is_available()
-    # DDP orders its buckets anew after a process's first step, and what three or more processes sum up depends on the order, so a
-    # resumed run would not end bitwise like an undisturbed one. Where that is promised, on CPU, the search for unused weights
-    # keeps it from doing so.
-    group = [
-        InitProcessGroupKwargs(backend="nccl" if use_cuda else "gloo"),
-        DistributedDataParallelKwargs(find_unused_parameters=not use_cuda),
-    ]
-    accelerator = Accelerator(
-        cpu=not use_cuda,
-        mixed_precision="bf16" if precision == "bf16" else "no",
-        kwargs_handlers=group if int(os.environ.get("WORLD_SIZE", "1")) > 1 else [],
-    )
-    if accelerator.num_processes != context.run.launch.processes:
-        raise UserError(
-            f"launch.processes is {context.run.launch.processes}, but accelerate formed a group of {accelerator.num_processes};"
-            " on CPU start it with ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N"
-        )
-    return accelerator
+Batches = Callable[[int, int], list[Micro]]
+"""(step, accumulation) -> this process's micro-batches; ``accumulation`` makes them that many times smaller."""
 
 
 def train(
@@ -89,130 +80,169 @@ def train(
     model: M,
     optimizer: Optimizer,
     seed: int,
-    batches: Callable[[int], list[Micro]],
-    loss: Callable[[nn.Module, dict[str, Tensor]], Tensor],
+    batches: Batches,
+    loss: Loss,
     validate: Callable[[nn.Module], float],
 ) -> M:
-    """Trains ``model`` and returns it, unwrapped, with the weights of its least validation loss.
+    """Trains ``model`` and returns it with the weights of its least validation loss (on the first process; others may hold none).
 
-    ``batches(step)``: this process's micro-batches; ``loss(model, inputs)``: the *sum* of the loss over a micro-batch's targets;
-    ``validate(model)``: mean validation loss, the same on every process. Writes what it measured into ``context.facts``.
-    Raises RunFailed when a loss is NaN or infinite.
+    ``validate(model)``: mean validation loss, over the same data on every process. What was measured goes into ``context.facts``.
+    Raises RunFailed when a loss is NaN or infinite. Does not return where memory runs out: the process starts again with smaller
+    micro-batches (`jobs.smaller`); nor when SIGTERM or SIGUSR1 reached any process: all save after the step and exit with 143.
     """
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    wrapped, adam = accelerator.prepare(
-        model,
-        torch.optim.AdamW(parameters, lr=optimizer.lr, weight_decay=optimizer.weight_decay, betas=(0.9, 0.98)),
-    )
-    checkpoints = Checkpoints(context, accelerator)
-    progress, best, start = Progress(), dict[str, Tensor](), 0
-    restored = checkpoints.load()
-    if restored:
-        start, state, best = restored
-        progress = Progress(**state)
-        context.log(event="resumed", step=start, steps=optimizer.steps)
-    validate_at = {round(optimizer.steps * (i + 1) / optimizer.validations) for i in range(optimizer.validations)}
-    saved = logged = time.monotonic()
-    for step in range(start, optimizer.steps):
-        began = time.monotonic()
-        mean, checkpoint_due = _step(
-            accelerator, wrapped, adam, optimizer, seed, step, batches(step), loss, progress, began - saved
-        )
-        if not math.isfinite(mean):
-            raise RunFailed(f"loss is {mean} at step {step + 1} of {optimizer.steps}")
-        progress.seconds += time.monotonic() - began
-        row: dict[str, Any] = {"step": step + 1, "steps": optimizer.steps, "loss": round(mean, 6)}
-        if step + 1 in validate_at:
-            best = _validate(accelerator, wrapped, validate, progress, step + 1, best)
-            row["loss_val"] = progress.validations[-1][1]
-        if time.monotonic() - logged > LOG_SECONDS or step + 1 in validate_at or step == start:
-            context.log(**row, lr=learning_rate(optimizer, step), seconds=round(progress.seconds, 3))
-            logged = time.monotonic()
-        if checkpoint_due:
-            checkpoints.save(step + 1, progress.__dict__, best)
-            saved = time.monotonic()
-    unwrapped: M = accelerator.unwrap_model(wrapped)
-    unwrapped.load_state_dict(best, strict=False)
-    _report(context, optimizer, progress)
-    accelerator.wait_for_everyone()
-    unwrapped.eval()
-    return unwrapped
-
-
-def _step(
-    accelerator: Accelerator,
-    model: nn.Module,
-    adam: torch.optim.Optimizer,
-    optimizer: Optimizer,
-    seed: int,
-    step: int,
-    micros: list[Micro],
-    loss: Callable[[nn.Module, dict[str, Tensor]], Tensor],
-    progress: Progress,
-    since_checkpoint: float,
-) -> tuple[float, bool]:
-    """One optimiser step; returns the mean loss over the global batch, and whether a checkpoint is due (agreed on by all)."""
-    torch.manual_seed(hash((seed, step, accelerator.process_index)) % 2**63)
-    for group in adam.param_groups:
-        group["lr"] = learning_rate(optimizer, step)
-    device = accelerator.device
-    ahead = torch.tensor(
-        [
-            sum(m.weight for m in micros),
-            sum(m.tokens for m in micros),
-            sum(m.flops for m in micros),
-            float(since_checkpoint > CHECKPOINT_SECONDS),
-        ],
-        dtype=torch.float64,
-        device=device,
-    )
-    ahead = accelerator.reduce(ahead, "sum")
-    weight = ahead[0].item()
-    model.train()
-    total = torch.zeros((), dtype=torch.float64, device=device)
-    for i, micro in enumerate(micros):
-        inputs = {name: value.to(device) for name, value in micro.inputs.items()}
-        if i + 1 < len(micros):
-            with accelerator.no_sync(model):
-                summed = loss(model, inputs)
-                accelerator.backward(summed * (accelerator.num_processes / weight))
-        else:
-            summed = loss(model, inputs)
-            accelerator.backward(summed * (accelerator.num_processes / weight))
-        total += summed.detach().double()
-    accelerator.clip_grad_norm_(model.parameters(), optimizer.clip)
-    adam.step()
-    adam.zero_grad()
-    progress.tokens += int(ahead[1])
-    progress.flops += ahead[2].item()
-    return (accelerator.reduce(total, "sum") / weight).item(), bool(ahead[3] > 0)
-
-
-def _validate(
-    accelerator: Accelerator,
-    wrapped: nn.Module,
-    validate: Callable[[nn.Module], float],
-    progress: Progress,
-    step: int,
-    best: dict[str, Tensor],
-) -> dict[str, Tensor]:
-    """Measures the validation loss; returns a copy of the trained weights if it is the least so far, else ``best``."""
-    model: nn.Module = accelerator.unwrap_model(wrapped)
+    trainer = _Trainer(context, accelerator, model, optimizer, seed, batches, loss, validate)
+    try:
+        trainer.run()
+    except (RuntimeError, MemoryError) as error:
+        if out_of_memory(error):
+            halve(context, trainer.accumulation, trainer.progress.micro_batch, error)
+        if accelerator.num_processes > 1:
+            time.sleep(2.0)  # a collective breaks off when a neighbour that ran out of memory leaves it
+            if accumulation(context) > trainer.accumulation:
+                restart(context)
+        raise
+    _report(context, optimizer, trainer)
     model.eval()
-    with torch.no_grad(), accelerator.autocast():
-        value = validate(model)
-    if not math.isfinite(value):
-        raise RunFailed(f"validation loss is {value} at step {step}")
-    progress.validations.append([step, value])
-    if progress.best_loss is None or value < progress.best_loss:
-        progress.best_loss, progress.best_step = value, step
-        trained = {name for name, p in model.named_parameters() if p.requires_grad}
-        state = model.state_dict()
-        return {name: state[name].detach().cpu().clone() for name in state if name in trained}
-    return best
+    return model
 
 
-def _report(context: Context[Any], optimizer: Optimizer, progress: Progress) -> None:
+class _Trainer:
+    """One process's part of one training."""
+
+    def __init__(
+        self,
+        context: Context[Any],
+        accelerator: Accelerator,
+        model: nn.Module,
+        optimizer: Optimizer,
+        seed: int,
+        batches: Batches,
+        loss: Loss,
+        validate: Callable[[nn.Module], float],
+    ) -> None:
+        self.context, self.accelerator, self.optimizer, self.seed = context, accelerator, optimizer, seed
+        self.model, self.batches, self.loss, self.validate = model, batches, loss, validate
+        self.accumulation = accumulation(context)
+        self.progress, self.best = Progress(), Tensors()
+        self.stop = StopRequest()
+        self.checkpoints = Checkpoints(context, accelerator)
+        every = range(1, optimizer.validations + 1)
+        self.validate_at = {round(optimizer.steps * i / optimizer.validations) for i in every}
+
+    def run(self) -> None:
+        """From the newest checkpoint, if there is one, to the last step, and the best weights into the model."""
+        start = self._prepare()
+        with self.stop.caught():
+            self._steps(start)
+        self.parallel.finish(self.best)
+        self.accelerator.wait_for_everyone()
+
+    def _steps(self, start: int) -> None:
+        watch = Watch(self.context, self.accumulation)
+        logged = -math.inf
+        for step in range(start, self.optimizer.steps):
+            began = time.monotonic()
+            with watch.during("step", step + 1):
+                mean, checkpoint_due, stop = self._step(step)
+            self.progress.seconds += time.monotonic() - began
+            row: dict[str, Any] = {"step": step + 1, "steps": self.optimizer.steps, "loss": mean}
+            if step + 1 in self.validate_at:
+                with watch.during("validation", step + 1):
+                    row["loss_val"] = self._validate(step + 1)
+            if time.monotonic() - logged > LOG_SECONDS or "loss_val" in row:
+                self.context.log(**row, lr=learning_rate(self.optimizer, step), seconds=round(self.progress.seconds, 3))
+                logged = time.monotonic()
+            if checkpoint_due or stop:
+                with watch.during("checkpoint", step + 1):
+                    self._save(step + 1)
+            if stop:
+                self.context.log(event="stopped", step=step + 1, steps=self.optimizer.steps)
+                self.accelerator.wait_for_everyone()  # none may leave while the first one still writes
+                sys.exit(EXIT)
+
+    def _prepare(self) -> int:
+        """Wraps model and optimiser, restored from the newest checkpoint; returns the number of steps done."""
+        checkpoint = self.checkpoints.newest()
+        if checkpoint:
+            self.model.load_state_dict(checkpoint.weights(), strict=False)  # before they are shared out
+            self.progress, self.best = Progress(**checkpoint.progress), checkpoint.best()
+        adam = torch.optim.AdamW(
+            [p for p in self.model.parameters() if p.requires_grad],
+            lr=self.optimizer.lr,
+            weight_decay=self.optimizer.weight_decay,
+            betas=(0.9, 0.98),
+        )
+        self.parallel = _share_out(self.context, self.accelerator, self.model, adam)
+        start = checkpoint.step if checkpoint else 0
+        if checkpoint:
+            self.parallel.restore(checkpoint.moments(), start)
+            self.context.log(event="resumed", step=start, steps=self.optimizer.steps, processes=self.accelerator.num_processes)
+        launch = [self.accelerator.num_processes, self.context.run.launch.zero, self.accumulation]
+        if not self.progress.launches or self.progress.launches[-1][1:] != launch:
+            self.progress.launches.append([start, *launch])
+            self.progress.micro_batch = 0
+        return start
+
+    def _step(self, step: int) -> tuple[float, bool, bool]:
+        """One optimiser step; returns the mean loss over the global batch, and, agreed on by all, whether a checkpoint is due and
+        whether one of them was asked to stop."""
+        accelerator, progress = self.accelerator, self.progress
+        torch.manual_seed(hash((self.seed, step, accelerator.process_index)) % 2**63)
+        micros = self.batches(step, self.accumulation)
+        progress.micro_batch = max([progress.micro_batch, *(m.rows for m in micros)])
+        sums = [sum(m.weight for m in micros), sum(m.tokens for m in micros), sum(m.flops for m in micros)]
+        ahead = accelerator.gather(self._numbers([*sums, len(micros), self.checkpoints.due(), self.stop.asked])[None])
+        weight, tokens, flops = ahead[:, :3].sum(0).tolist()
+        passes = int(ahead[:, 3].max()) if self.parallel.even else len(micros)
+        self.model.train()
+        total = torch.zeros((), dtype=torch.float64, device=accelerator.device)
+        for i in range(passes):
+            real = i < len(micros)  # else a pass whose gradient is zero, beside a process that has more
+            inputs = {name: value.to(accelerator.device) for name, value in micros[i if real else 0].inputs.items()}
+            scale = accelerator.num_processes / weight if real else 0.0
+            summed = self.parallel.accumulate(self.loss, inputs, scale, i + 1 == passes)
+            total += summed.double() * real
+        self.parallel.update(learning_rate(self.optimizer, step), self.optimizer.clip)
+        progress.tokens += int(tokens)
+        progress.flops += flops
+        mean = (accelerator.reduce(total, "sum") / weight).item()
+        if not math.isfinite(mean):
+            raise RunFailed(f"loss is {mean} at step {step + 1} of {self.optimizer.steps}")
+        return mean, bool(ahead[0, 4]), bool(ahead[:, 5].any())
+
+    def _numbers(self, values: list[float]) -> Tensor:
+        return torch.tensor(values, dtype=torch.float64, device=self.accelerator.device)
+
+    def _validate(self, step: int) -> float:
+        """Measures the validation loss, and keeps the weights if it is the least so far."""
+        self.model.eval()
+        with torch.no_grad(), self.accelerator.autocast():
+            own = self.validate(self.parallel.runnable)
+        value = float(self.accelerator.gather(self._numbers([own]))[0])  # the first process's: all must decide alike
+        if not math.isfinite(value):
+            raise RunFailed(f"validation loss is {value} at step {step}")
+        self.progress.validations.append([step, value])
+        if self.progress.best_loss is None or value < self.progress.best_loss:
+            self.progress.best_loss, self.progress.best_step = value, step
+            self.best = self.parallel.weights()
+        return value
+
+    def _save(self, step: int) -> None:
+        seconds = self.checkpoints.save(step, asdict(self.progress), self.parallel, self.best)
+        self.progress.checkpoints += 1
+        self.progress.checkpoint_seconds += seconds
+
+
+def _share_out(context: Context[Any], accelerator: Accelerator, model: nn.Module, adam: torch.optim.Optimizer) -> Parallel:
+    if context.run.launch.zero == 0:
+        return Replicated(accelerator, model, adam)
+    from jobs.zero import Sharded  # imports DeepSpeed
+
+    return Sharded(accelerator, model, adam, context.run.launch)
+
+
+def _report(context: Context[Any], optimizer: Optimizer, trainer: _Trainer) -> None:
+    progress = trainer.progress
     peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak_memory()
     context.facts.update(
         steps=optimizer.steps,
@@ -225,5 +255,10 @@ def _report(context: Context[Any], optimizer: Optimizer, progress: Progress) -> 
         peak_memory_bytes=peak,
         lr=optimizer.lr,
         lr_choice=optimizer.lr_choice,
+        accumulation=trainer.accumulation,
+        micro_batch=progress.micro_batch,
+        launches=progress.launches,
+        checkpoints=progress.checkpoints,
+        checkpoint_seconds=round(progress.checkpoint_seconds, 3),
         device=str(torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"),
     )

@@ -47,9 +47,11 @@ def trained(jobs: Jobs, split: str, sids: str) -> str:
     return "undisturbed"
 
 
-def test_the_whole_chain_beats_popularity(jobs: Jobs, split: str, sids: str) -> None:
-    trained = jobs.run("train_sid", "long", training(steps=250), split=split, sids=sids)
-    evaluated = jobs.run("evaluate_sid", "evaluated", {}, split=split, sids=sids, model="long")
+@pytest.mark.parametrize("architecture", ["encoder-decoder", "decoder-only"])
+def test_the_whole_chain_beats_popularity(jobs: Jobs, split: str, sids: str, architecture: str) -> None:
+    config = training(steps=250) | {"architecture": architecture}
+    trained = jobs.run("train_sid", f"long-{architecture}", config, split=split, sids=sids)
+    evaluated = jobs.run("evaluate_sid", f"evaluated-{architecture}", {}, split=split, sids=sids, model=f"long-{architecture}")
     floor = jobs.run("baseline", "popularity", {"method": "popularity"}, split=split)
     best = jobs.run("baseline", "bayes", {"method": "bayes-optimal"}, split=split, dataset="planted")
     recall = [run.facts["recall@10"] for run in (floor, evaluated, best)]
