@@ -52,6 +52,7 @@ def status(args: argparse.Namespace) -> int:
     from cluster.progress import Watch
     from cluster.run import failures, slots
     from cluster.store import open_store
+    from cluster.submit import queue
 
     store, made = open_store(args.folder)
     watch = Watch(made, store)
@@ -64,13 +65,17 @@ def status(args: argparse.Namespace) -> int:
             "points": {point.run_id: watch.point_state(point) for point in made.points},
             "seconds_left": round(watch.seconds_left(slots())),
             "failures": [vars(failure) for failure in found],
+            "slurm": queue(store.folder),
         }
         print(json.dumps(document, indent=1))
         return 0
     Console(width=None if sys.stdout.isatty() else 160).print(watch.table(slots()))
     for failure in found:
         print(f"failed: {failure.point}: {failure.reason}\n        log: {failure.log}")
-    if not store.locked() and watch.totals()["done"] < len(made.points):
+    jobs = queue(store.folder)
+    for job in jobs:
+        print(f"slurm: job {job['job']} {job['state']} {job['time']} {job['where']}")
+    if not jobs and not store.locked() and watch.totals()["done"] < len(made.points):
         print("nothing runs here; the same `grscale run` goes on where it stopped")
     return 0
 
@@ -94,10 +99,12 @@ def logs(args: argparse.Namespace) -> int:
 
 
 def report(args: argparse.Namespace) -> int:
+    from cluster.measure import refresh_rows
     from cluster.report import verdict_lines, write_report
     from cluster.store import open_store
 
-    store, _ = open_store(args.folder)
+    store, made = open_store(args.folder)
+    refresh_rows(store, made)  # of points that a job array measured
     if not any((store.folder / "metrics").glob("*.parquet")):
         raise UserError(f"{store.folder}: no point has been measured yet")
     for line in verdict_lines(write_report(store.folder)):
@@ -127,6 +134,12 @@ def fit(args: argparse.Namespace) -> int:
         raise UserError(str(error)) from None
 
 
+def submit(args: argparse.Namespace) -> int:
+    from cluster import submit
+
+    return submit.run(args)
+
+
 def doctor(args: argparse.Namespace) -> int:  # noqa: ARG001 -- every command takes its arguments
     from cluster.doctor import doctor as examine
 
@@ -142,7 +155,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser(command: str | None) -> argparse.ArgumentParser:
-    """``command``: the one that was typed; the arguments of `data` and `fit` are their packages' own, loaded only for them."""
+    """``command``: the one that was typed; the arguments of `data`, `fit` and `submit` are their modules' own, loaded then."""
     parser = _Parser(prog="grscale", description="Scaling-law studies of generative recommendation.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
@@ -185,6 +198,12 @@ def _parser(command: str | None) -> argparse.ArgumentParser:
         from fit import cli
 
         cli.add_arguments(one)
+
+    one = add("submit", submit, "hand a study to Slurm, or to a Ray cluster as a job of its own")
+    if command == "submit":
+        from cluster import submit as submission
+
+        submission.add_arguments(one)
 
     add("doctor", doctor, "check whether this machine can run a study")
     return parser

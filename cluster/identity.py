@@ -34,10 +34,18 @@ def _check(value: Any, where: str) -> None:
         raise TypeError(f"{where or 'value'}: a {type(value).__name__} has no place in an identity")
 
 
-def identity(stage: str, interface: int, config: Mapping[str, Any], inputs: Mapping[str, str], processes: int) -> str:
+def identity(
+    stage: str,
+    interface: int,
+    config: Mapping[str, Any],
+    inputs: Mapping[str, str],
+    processes: int,
+    launch: Mapping[str, Any] | None = None,
+) -> str:
     """The stage's identity. ``inputs``: name -> identity of the artifact, or the fingerprint of a folder from outside.
 
-    Placement and paths are left out; the number of processes is in, because sums in another order give other weights.
+    Placement and paths are left out; the number of processes is in, because sums in another order give other weights, and so is
+    what else of `launch` is not the default (`jobs.config.Launch.identity`).
     """
     text = canonical(
         {
@@ -45,6 +53,7 @@ def identity(stage: str, interface: int, config: Mapping[str, Any], inputs: Mapp
             "interface": interface,
             "config": dict(config),
             "inputs": dict(inputs),
+            **(launch or {}),
             "processes": processes,
         }
     )

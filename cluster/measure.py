@@ -1,6 +1,7 @@
 """The metrics table: one row per evaluated point, written once and whole."""
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -132,8 +133,8 @@ def refresh_rows(store: Store, plan: Plan) -> None:
             write_row(store, plan, point)
 
 
-def write_missing_rows(store: Store, plan: Plan) -> None:
-    """Writes the row of every point whose stages are all finished and that has none."""
-    for point in plan.points:
+def write_missing_rows(store: Store, plan: Plan, points: Iterable[Point]) -> None:
+    """Writes the row of each of ``points`` whose stages are all finished and that has none."""
+    for point in points:
         if not store.row(point).is_file() and all(store.done(node) for node in plan.upstream(point)):
             write_row(store, plan, point)

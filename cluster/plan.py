@@ -13,7 +13,7 @@ from cluster.study import EncoderSpec, LlmRung, Loaded, Pretrain, SidRung, Study
 from gr.data.dataset import Dataset
 from gr.errors import UserError
 from gr.files import sha256
-from jobs.config import INTERFACE, STAGES, Config, LeaveOneOut, Temporal
+from jobs.config import INTERFACE, STAGES, Config, Launch, LeaveOneOut, Temporal
 
 Protocols = LeaveOneOut | Temporal
 NO_GPU = frozenset({"plant", "prepare", "baseline", "quantize"})
@@ -22,7 +22,8 @@ WEIGHTS = re.compile(r".*\.(json|safetensors|bin|model|txt)$")
 
 @dataclass(frozen=True)
 class Node:
-    """One stage of one configuration. ``inputs``: name -> a node's id, or the absolute path of a folder from outside."""
+    """One stage of one configuration. ``inputs``: name -> a node's id, or the absolute path of a folder from outside;
+    ``launch``: what its `jobs.config.Launch` says beyond processes and threads, where that is not the default."""
 
     id: str
     stage: str
@@ -31,6 +32,7 @@ class Node:
     processes: int = 1
     threads: int = 1
     gpus: int = 0
+    launch: dict[str, Any] = field(default_factory=dict)
 
     @property
     def key(self) -> str:
@@ -86,14 +88,19 @@ class Plan:
         return {node: frozenset(points) for node, points in users.items()}
 
     def chains(self) -> list[Chain]:
-        """The graph cut into trials: a node joins its input's chain where the same points need both and nothing comes between."""
+        """The graph cut into trials: a node joins its input's chain where the same points need both and nothing comes between.
+
+        One that needs another number of GPUs starts a trial of its own, so that none waits for an evaluation to end.
+        """
         points, ancestors = self.points_of(), self._ancestors()
         chains: list[list[str]] = []
         for node in self.nodes.values():
             inputs = {i for i in node.inputs.values() if i in self.nodes}
             for chain in chains:
                 known = set(chain) | ancestors[chain[0]]
-                if chain[-1] in inputs and points[chain[-1]] == points[node.id] and inputs <= known:
+                last = chain[-1]
+                alike = points[last] == points[node.id] and self.nodes[last].gpus == node.gpus
+                if last in inputs and alike and inputs <= known:
                     chain.append(node.id)
                     break
             else:
@@ -146,13 +153,21 @@ class _Planner:
                 self._cf(name, protocol, dataset, split, planted)
                 if self.study.sid:
                     for rung in self.study.sid.ladder:
-                        self._sid(name, protocol, split, rung)
+                        self._sid(name, protocol, split, rung, {"dataset": dataset} if planted else {})
                 if self.study.llm:
                     for llm_rung in self.study.llm.ladder:
                         self._llm(name, protocol, split, llm_rung)
         return self.plan
 
-    def node(self, stage: str, config: dict[str, Any], inputs: dict[str, str], processes: int = 1, threads: int = 1) -> str:
+    def node(
+        self,
+        stage: str,
+        config: dict[str, Any],
+        inputs: dict[str, str],
+        processes: int = 1,
+        threads: int = 1,
+        launch: Launch | None = None,
+    ) -> str:
         """Adds a stage, or finds it; returns its id."""
         model: Config = STAGES[stage].model_validate(config)
         dumped = model.model_dump(mode="json")
@@ -163,9 +178,11 @@ class _Planner:
             dumped["model"] = str(folder)
             identities["model"] = _weights(folder)
             hashed["model"] = None
-        id = identity(stage, INTERFACE[stage], hashed, identities, processes)
-        gpus = 0 if stage in NO_GPU else processes * self.study.resources.gpus_per_process
-        self.plan.nodes.setdefault(id, Node(id, stage, dumped, inputs, processes, threads, gpus))
+        beyond = launch.model_dump(exclude={"processes", "threads"}, exclude_defaults=True) if launch else {}
+        id = identity(stage, INTERFACE[stage], hashed, identities, processes, beyond)
+        no_net = stage in NO_GPU or config.get("tfidf") or config.get("random")
+        gpus = 0 if no_net else processes * self.study.resources.gpus_per_process
+        self.plan.nodes.setdefault(id, Node(id, stage, dumped, inputs, processes, threads, gpus, beyond))
         return id
 
     def _dataset(self, name: str, path: Path) -> Dataset:
@@ -192,13 +209,14 @@ class _Planner:
             node = self.node("baseline", {"method": method, **self.study.evaluate.model_dump()}, inputs)
             self._point(dataset, protocol, "cf", method, 0, (node,))
 
-    def _sid(self, dataset: str, protocol: Protocols, split: str, rung: SidRung) -> None:
+    def _sid(self, dataset: str, protocol: Protocols, split: str, rung: SidRung, world: dict[str, str]) -> None:
         sid = self.study.sid
         assert sid is not None
         embeddings = self._embeddings(split, sid.encoders[rung.encoder or next(iter(sid.encoders))])
         quantizer = sid.quantizers[rung.quantizer or next(iter(sid.quantizers))]
-        sids = self.node("quantize", quantizer.model_dump(), {"embeddings": embeddings})
+        sids = self.node("quantize", quantizer.model_dump(), {"embeddings": embeddings, **world})
         size = rung.model_dump(include={"layers", "d_model", "heads", "d_kv", "d_ff"})
+        launch = self._launch(rung)
         for seed in self.study.seeds:
             config = {
                 "size": size,
@@ -206,12 +224,13 @@ class _Planner:
                 "optimizer": resolve(sid.train.optimizer, rung.d_model, rung.lr, rung.steps),
                 "seed": seed,
             }
-            train = self.node("train_sid", config, {"split": split, "sids": sids}, rung.launch.processes, rung.launch.threads)
+            inputs = {"split": split, "sids": sids}
+            train = self.node("train_sid", config, inputs, launch.processes, launch.threads, launch)
             evaluate = self.node(
                 "evaluate_sid",
                 {**self.study.evaluate.model_dump(), **sid.evaluate.model_dump()},
                 {"split": split, "sids": sids, "model": train},
-                threads=rung.launch.processes * rung.launch.threads,
+                threads=launch.processes * launch.threads,
             )
             self._point(dataset, protocol, "sid", rung.name, seed, (train, evaluate))
 
@@ -225,23 +244,24 @@ class _Planner:
                 "optimizer": resolve(spec.fresh.optimizer, spec.fresh.d_model),
             }
             inputs["encoder"] = self.node("train_encoder", config, {"split": split})
-        return self.node("encode", {"model": spec.model, "max_tokens": spec.max_tokens, "batch": spec.batch}, inputs)
+        config = spec.model_dump(exclude={"fresh", "launch"})
+        return self.node("encode", config, inputs, spec.launch.processes, spec.launch.threads)
 
     def _llm(self, dataset: str, protocol: Protocols, split: str, rung: LlmRung) -> None:
         llm = self.study.llm
         assert llm is not None
-        launch = rung.launch
+        launch = self._launch(rung)
         for seed in self.study.seeds:
             inputs = {"split": split}
             if rung.model is None:
-                inputs["backbone"] = self._fresh_backbone(split, rung, llm.pretrain, seed)
+                inputs["backbone"] = self._fresh_backbone(split, rung, llm.pretrain, seed, launch)
             config = {
                 **llm.train.model_dump(exclude={"optimizer"}),
                 "model": rung.model,
                 "optimizer": resolve(llm.train.optimizer, rung.d_model, rung.lr, rung.steps),
                 "seed": seed,
             }
-            train = self.node("train_llm", config, inputs, launch.processes, launch.threads)
+            train = self.node("train_llm", config, inputs, launch.processes, launch.threads, launch)
             evaluate = self.node(
                 "evaluate_llm",
                 {**self.study.evaluate.model_dump(), **llm.evaluate.model_dump()},
@@ -250,7 +270,14 @@ class _Planner:
             )
             self._point(dataset, protocol, "llm", rung.name, seed, (train, evaluate))
 
-    def _fresh_backbone(self, split: str, rung: LlmRung, pretrain: Pretrain | None, seed: int) -> str:
+    def _launch(self, rung: SidRung | LlmRung) -> Launch:
+        if isinstance(rung.launch, Launch):
+            return rung.launch
+        from cluster.auto import launch_of  # counts on the modules, and imports torch
+
+        return launch_of(self.loaded, rung)
+
+    def _fresh_backbone(self, split: str, rung: LlmRung, pretrain: Pretrain | None, seed: int, launch: Launch) -> str:
         """One per seed: backbones differ between rungs, so seeds that shared theirs would vary less than the rungs do."""
         assert pretrain is not None and rung.d_model is not None
         config = {
@@ -259,7 +286,7 @@ class _Planner:
             "optimizer": resolve(pretrain.optimizer, rung.d_model),
             "seed": seed,
         }
-        return self.node("pretrain_llm", config, {"split": split}, rung.launch.processes, rung.launch.threads)
+        return self.node("pretrain_llm", config, {"split": split}, launch.processes, launch.threads, launch)
 
 
 def resolve(optimizer: StudyOptimizer, d_model: int | None, lr: float | None = None, steps: int | None = None) -> dict[str, Any]:

@@ -13,12 +13,10 @@ from cluster.progress import duration
 from cluster.store import Store
 from gr.count import count_parameters
 from gr.llm.backbone import fresh_backbone
+from gr.sid.decoder_only import decoder_only
 from gr.sid.encoder import fresh_encoder
 from gr.sid.recommender import t5
 from jobs.config import STAGES
-
-PROGRAM_BYTES = 500 << 20
-"""A process with torch and transformers loaded."""
 
 
 @dataclass(frozen=True)
@@ -44,12 +42,12 @@ def price_node(plan: Plan, node: Node, done: bool) -> Price:
     facts = cost.facts_of(plan, node)
     sized = cost.size_of(plan, node)
     if sized is None:
-        return Price(None, None, 0.0, PROGRAM_BYTES, node.processes, node.threads, node.gpus, cost.seconds(plan, node), done)
+        return Price(None, None, 0.0, cost.PROGRAM_BYTES, node.processes, node.threads, node.gpus, cost.seconds(plan, node), done)
     total, non_embedding = _count(*sized, plan, node, facts)
-    flops = cost.flops(node, non_embedding, cost.tokens(plan, node, facts))
+    flops = cost.flops(node, sized[0], non_embedding, cost.tokens(plan, node, facts))
     rate = plan.study.resources.flops_per_second * node.processes * node.threads
     trained = node.stage in {"train_sid", "train_encoder", "pretrain_llm"}
-    memory = node.processes * (PROGRAM_BYTES + total * (16 if trained else 4))
+    memory = node.processes * (cost.PROGRAM_BYTES + total * (16 if trained else 4))
     start = cost.START.get(node.stage, cost.START_TORCH)
     return Price(
         total,
@@ -66,7 +64,7 @@ def price_node(plan: Plan, node: Node, done: bool) -> Price:
 
 def _count(stage: str, size: dict[str, Any], plan: Plan, node: Node, facts: cost.Facts) -> tuple[int, int]:
     vocab, longest = 0, 0
-    if stage == "train_sid":
+    if stage in ("train_sid", cost.DECODER_ONLY):
         quantize = cost.upstream_config(plan, node, "quantize")
         assert quantize is not None
         # Padding, each level's codes, and the last digit: at least as many as the items that share one SID, unknown before.
@@ -85,6 +83,8 @@ def _built(stage: str, size: tuple[tuple[str, int], ...], vocab: int, longest: i
     with torch.device("meta"):
         if stage == "train_sid":
             model: Any = t5(vocab, **sizes, dropout=0.0)
+        elif stage == cost.DECODER_ONLY:
+            model = decoder_only(vocab, **sizes, dropout=0.0)
         elif stage == "train_encoder":
             model = fresh_encoder(vocab, **sizes, max_tokens=longest)
         else:

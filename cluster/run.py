@@ -3,7 +3,6 @@
 import contextlib
 import logging
 import os
-import secrets
 import signal
 import sys
 import threading
@@ -12,28 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from cluster.measure import refresh_rows
-from cluster.plan import Node, Plan, make_plan
+from cluster.plan import Plan, make_plan
 from cluster.progress import Progress
+from cluster.ray_cluster import check_machines, check_room, connect, head_watched, machines
 from cluster.store import Failure, Stop, Store
 from cluster.study import Loaded
-from gr.errors import UserError
 
 INTERRUPTED = 130
-_ENVIRONMENT = {
-    "PYTHONUNBUFFERED": "1",
-    "RAY_CHDIR_TO_TRIAL_DIR": "0",
-    "RAY_AIR_NEW_OUTPUT": "0",
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "RAY_worker_niceness": "0",  # at Ray's 15 any other process of the machine would starve the study
-    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
-    "TUNE_MAX_PENDING_TRIALS_PG": "2",
-    "TUNE_DISABLE_SIGINT_HANDLER": "1",
-    "TUNE_FORCE_TRIAL_CLEANUP_S": "20",
-    "TUNE_GLOBAL_CHECKPOINT_S": "3600",
-    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
-    "TUNE_WARN_THRESHOLD_S": "60",
-}
+GO_ON = "run the same command to go on"
 
 
 def run_study(loaded: Loaded, out: Path, ray_address: str | None = None, module: str = "jobs") -> int:
@@ -54,7 +39,7 @@ def run_study(loaded: Loaded, out: Path, ray_address: str | None = None, module:
             interrupted = _run(plan, store, ray_address, module)
         refresh_rows(store, plan)
         if interrupted:
-            print("stopped; run the same command to go on", file=sys.stderr)
+            print(f"stopped; {GO_ON}", file=sys.stderr)
             return INTERRUPTED
         found = failures(store, plan)
         store.write_failures(found)
@@ -102,50 +87,19 @@ def _run(plan: Plan, store: Store, address: str | None, module: str) -> bool:
 
 
 def _with_ray(plan: Plan, store: Store, address: str | None, module: str, stop: Stop) -> None:
-    os.environ.update(_ENVIRONMENT)
-    # The token is this run's own; left to itself Ray would put one in the home folder, after which clients that know nothing of
-    # it fail.
-    os.environ.setdefault("RAY_AUTH_MODE", "token")
-    if not address:
-        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # Ray's way, on Linux too, to bind its servers to loopback
+    connect(address, slots())
     import ray
 
-    # "local": without an address Ray would join whatever cluster RAY_ADDRESS or a file in /tmp names.
-    options: dict[str, Any] = {"address": address or "local", "logging_level": logging.ERROR, "log_to_driver": False}
-    if not address:
-        options |= {
-            "num_cpus": slots(),
-            "include_dashboard": False,
-            "object_store_memory": 100 << 20,
-        }
-    try:
-        ray.init(**options)
-    except Exception as error:  # of a wrong address: ValueError, ConnectionError, RuntimeError, by what is wrong with it
-        if not address:
-            raise
-        raise UserError(f"--ray {address}: no Ray cluster there: {' '.join(str(error).split())}") from None
     try:
         catch(stop)  # ray.init puts its own handler of SIGTERM in place, which aborts
-        check_room([node for node in plan.nodes.values() if not store.done(node)], ray.nodes())
+        if address:
+            check_machines(plan, store)
         if not stop.asked:
-            _tune(plan, store, module, stop)
+            with head_watched(address, GO_ON):
+                _tune(plan, store, module, stop)
     finally:
         ray.shutdown()
         store.end_groups(plan)
-
-
-def check_room(nodes: list[Node], machines: list[dict[str, Any]]) -> None:
-    """UserError when no machine has room for a stage: Tune would wait for one for ever."""
-    alive = [machine["Resources"] for machine in machines if machine["Alive"]]
-    for node in nodes:
-        cpus = node.processes * node.threads
-        if not any(m.get("CPU", 0) >= cpus and m.get("GPU", 0) >= node.gpus for m in alive):
-            most = max((int(m.get("CPU", 0)), int(m.get("GPU", 0))) for m in alive)
-            raise UserError(
-                f"launch: {node.key} needs {cpus} CPUs and {node.gpus} GPUs "
-                f"({node.processes} processes x {node.threads} threads); the largest machine has {most[0]} and {most[1]}"
-            )
 
 
 def _tune(plan: Plan, store: Store, module: str, stop: Stop) -> None:
@@ -156,16 +110,21 @@ def _tune(plan: Plan, store: Store, module: str, stop: Stop) -> None:
 
     for name in ("ray.tune", "ray.train", "ray.air"):
         logging.getLogger(name).setLevel(logging.CRITICAL)  # failures are told in the study's own words
-    schedule = Schedule(plan, store, module, stop)
+    schedule = Schedule(plan, store, module, stop, machines)
+    check_room(plan, [(id, need) for id, need in schedule.needs.items() if id not in schedule.finished], schedule.room.total)
     tuner = tune.Tuner(
         tune.with_resources(Trial, resources),
         tune_config=tune.TuneConfig(
-            search_alg=schedule, num_samples=len(schedule.waiting), reuse_actors=True, metric=None, mode=None
+            search_alg=schedule,
+            num_samples=2 * len(schedule.waiting),  # each may be tried twice
+            reuse_actors=True,
+            metric=None,
+            mode=None,
         ),
         run_config=tune.RunConfig(
             name="trials",
             storage_path=str(store.folder / "work" / "tune"),
-            failure_config=tune.FailureConfig(max_failures=0),
+            failure_config=tune.FailureConfig(max_failures=0),  # who is tried again is the schedule's to say
             stop=Stopped(stop),
             verbose=0,
         ),

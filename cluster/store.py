@@ -143,7 +143,7 @@ class Store:
             "work": ".",
             "inputs": inputs,
             "config": node.config,
-            "launch": {"processes": node.processes, "threads": node.threads},
+            "launch": {"processes": node.processes, "threads": node.threads, **node.launch},
         }
         path = work / "run.yaml"
         path.write_text(yaml.safe_dump(document, sort_keys=False))

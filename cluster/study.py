@@ -7,7 +7,7 @@ import typing
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, ValidationError, WrapValidator, model_validator
 
@@ -16,18 +16,23 @@ from gr.data.planted import World
 from gr.errors import UserError
 from gr.metrics import NDCG_AT, RECALL_AT
 from jobs.config import (
+    Architecture,
     Config,
     Launch,
     LoraConfig,
     Method,
     Normalize,
     Optimizer,
+    Pooling,
     Positive,
     Protocol,
     QuantizeConfig,
+    RandomVectors,
     Seed,
     SharedTitles,
     T5Size,
+    Template,
+    Tfidf,
     TransformerSize,
     Vocab,
     Which,
@@ -103,21 +108,32 @@ class FreshEncoder(TransformerSize):
 
 
 class EncoderSpec(Config):
-    """``fresh``: trained on the catalogue's text first; ``model``: a hub name or local path."""
+    """``fresh``: trained on the catalogue's text first; ``model``: a hub name or local path; ``tfidf``, ``random``: no net.
+
+    The other keys are those of `jobs.config.EncodeConfig`; ``launch``: how the catalogue is embedded.
+    """
 
     fresh: FreshEncoder | None = None
     model: str | None = None
+    tfidf: Tfidf | None = None
+    random: RandomVectors | None = None
+    template: Template = "{text}"
+    pooling: Pooling = "mean"
     max_tokens: Positive = 128
     batch: Positive = 64
+    launch: Launch = Launch()
 
     @model_validator(mode="after")
     def _one(self) -> "EncoderSpec":
-        if (self.fresh is None) == (self.model is None):
-            raise ValueError("needs either fresh or model")
+        if sum(x is not None for x in (self.fresh, self.model, self.tfidf, self.random)) != 1:
+            raise ValueError("needs one of fresh, model, tfidf and random")
         return self
 
 
 class SidTrain(Config):
+    """``architecture`` of every rung: a ladder is of one. `jobs.config.TrainSidConfig` says what the keys mean."""
+
+    architecture: Architecture = "encoder-decoder"
     normalize: Normalize = "catalogue"
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
     max_history: Positive = 20
@@ -132,7 +148,7 @@ class SidRung(T5Size):
     quantizer: str | None = None
     lr: Annotated[float, Field(gt=0)] | None = None
     steps: Positive | None = None
-    launch: Launch = Launch()
+    launch: Launch | Literal["auto"] = Launch()
 
 
 class Beams(Config):
@@ -178,7 +194,7 @@ class LlmRung(Config):
     kv_heads: Positive | None = None
     lr: Annotated[float, Field(gt=0)] | None = None
     steps: Positive | None = None
-    launch: Launch = Launch()
+    launch: Launch | Literal["auto"] = Launch()
 
     @model_validator(mode="after")
     def _one(self) -> "LlmRung":
@@ -214,9 +230,15 @@ class Evaluate(Config):
 
 
 class Resources(Config):
-    """What one process of a job gets; ``flops_per_second`` is only for the plan's time estimates."""
+    """What one process of a job gets; ``flops_per_second`` is only for the plan's time estimates.
+
+    ``gpu_memory``: of one GPU, in GB; with it tiny stages share a GPU (`cluster.schedule.need`), and a rung's `launch: auto` has
+    as many of a machine's GPUs, and as much of ZeRO, as its memory needs (`cluster.auto`).
+    """
 
     gpus_per_process: Annotated[int, Field(ge=0)] = 0
+    gpus_per_machine: Positive = 8
+    gpu_memory: Annotated[float, Field(gt=0)] | None = None
     flops_per_second: Annotated[float, Field(gt=0)] = 10e9
 
 

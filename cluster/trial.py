@@ -5,54 +5,28 @@ import os
 import platform
 import signal
 import subprocess
-import sys
+import threading
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import ray
 import yaml
 from ray import tune
 
 from cluster.store import kill_group, last_line
 from gr.files import write_json
 from jobs.artifact import read_manifest
+from jobs.launcher import command as command
+from jobs.launcher import environment as environment
 from jobs.lifeline import die_with_parent
 
-ROOT = Path(__file__).resolve().parent.parent
 GRACE = 10.0
 """Seconds between SIGTERM and SIGKILL."""
+LEASE = 20.0
+"""Seconds without a call of step() after which a job is ended."""
 BEAT = 1.0
 """Seconds after which step() returns even without news, so that a stop request gets through."""
-
-
-def command(run: Mapping[str, Any], module: str, path: Path) -> list[str]:
-    """What a person would type for this run.yaml."""
-    job = ["-m", f"{module}.{run['stage']}", str(path)]
-    processes = run["launch"]["processes"]
-    if processes == 1:
-        return [sys.executable, *job]
-    # --multi_gpu also on CPU, with ACCELERATE_USE_CPU: `--cpu --num_processes n` would start one process.
-    launcher = ["--multi_gpu", "--num_processes", str(processes), "--num_machines", "1", "--main_process_port", "0"]
-    launcher += ["--mixed_precision", "no", "--dynamo_backend", "no"]
-    return [sys.executable, "-m", "accelerate.commands.launch", *launcher, *job]
-
-
-def environment(run: Mapping[str, Any], gpus: int) -> dict[str, str]:
-    env = dict(os.environ)
-    env["OMP_NUM_THREADS"] = str(run["launch"]["threads"])
-    env["TOKENIZERS_PARALLELISM"] = "false"
-    env["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [env.get("PYTHONPATH")])])
-    env["GRSCALE_TRIAL"] = "1"
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        env.pop(name, None)
-    env.pop("ACCELERATE_USE_CPU", None)
-    env.pop("RAY_AUTH_TOKEN", None)
-    if gpus == 0:
-        env["CUDA_VISIBLE_DEVICES"] = ""  # or it would use a GPU that Ray has given to another stage
-        if run["launch"]["processes"] > 1:
-            env["ACCELERATE_USE_CPU"] = "true"
-    return env
 
 
 class Group:
@@ -119,12 +93,17 @@ class Trial(tune.Trainable):  # type: ignore[misc]
     """Runs the run.yaml files of ``config["runs"]`` one after the other.
 
     ``config``: ``runs`` (paths), ``module`` (package of the jobs), ``gpus`` (per run). Checkpoints live in the run's own folder,
-    so there is nothing for Tune to save.
+    so there is nothing for Tune to save. A job whose driver has not asked after it for `LEASE` seconds is ended: the driver, or
+    Ray's head, is gone, and another driver may be about to start the same job elsewhere.
     """
 
     def setup(self, config: dict[str, Any]) -> None:
         self.group: Group | None = None
+        self.lock = threading.Lock()
+        self.asked = time.monotonic()
+        self.machine = ray.get_runtime_context().get_node_id()
         self.reset_config(config)
+        threading.Thread(target=self._watch, daemon=True).start()
 
     def reset_config(self, config: dict[str, Any]) -> bool:
         self.cleanup()
@@ -134,6 +113,13 @@ class Trial(tune.Trainable):  # type: ignore[misc]
 
     def step(self) -> dict[str, Any]:
         """Waits for a new line of metrics, the end of a job, or a second; raises with the reason of a job that failed."""
+        with self.lock:
+            try:
+                return self._step()
+            finally:
+                self.asked = time.monotonic()
+
+    def _step(self) -> dict[str, Any]:
         if self.group is None:
             path, gpus = self.todo.pop(0)
             self.group = Group(path, self.module, gpus)
@@ -148,7 +134,15 @@ class Trial(tune.Trainable):  # type: ignore[misc]
             self.group = None
             if reason is not None:
                 raise RuntimeError(f"{key}: {reason}")
-        return {"done": self.group is None and not self.todo, "last": last_line(metrics)}
+        return {"done": self.group is None and not self.todo, "last": last_line(metrics), "machine": self.machine}
+
+    def _watch(self) -> None:
+        while True:
+            time.sleep(1.0)
+            with self.lock:
+                if self.group is not None and time.monotonic() - self.asked > LEASE:
+                    self.group.stop()
+                    os._exit(1)  # if the driver lives after all, it sees a trial that died, and tries it again
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         """Nothing: the job's checkpoint lies in its work folder."""
@@ -157,6 +151,7 @@ class Trial(tune.Trainable):  # type: ignore[misc]
         """Nothing, likewise."""
 
     def cleanup(self) -> None:
-        if self.group is not None:
-            self.group.stop()
-            self.group = None
+        with self.lock:
+            if self.group is not None:
+                self.group.stop()
+                self.group = None

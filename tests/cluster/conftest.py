@@ -23,7 +23,8 @@ def body(context):
         context.log(step=1, steps=4, loss=2.5)
     if stage == "train_sid" and seed == 13:
         raise RunFailed("loss is nan at step 3 of 4")
-    if stage == "train_sid" and seed == 99:
+    if stage == "train_sid" and (seed == 99 or seed == 98 and not (context.work / "again").exists()):
+        (context.work / "again").touch()
         time.sleep(600)
     facts = {
         "prepare": {"users": 50, "interactions": 600},
@@ -83,13 +84,17 @@ def study_file(tmp_path: Path) -> Path:
 @pytest.fixture
 def fake_jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Puts the package `fakejobs` on the path of every process; the file returned has a line per stage that ran."""
-    package = tmp_path / "path" / "fakejobs"
+    for name, value in write_fake_jobs(tmp_path).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    return tmp_path / "runs.txt"
+
+
+def write_fake_jobs(folder: Path) -> dict[str, str]:
+    """Returns the environment that the package `fakejobs` needs; it tells what ran in FOLDER/runs.txt."""
+    package = folder / "path" / "fakejobs"
     package.mkdir(parents=True)
     for stage in STAGES:
         (package / f"{stage}.py").write_text(textwrap.dedent(BODY).replace("STAGE", stage))
-    runs = tmp_path / "runs.txt"
-    runs.touch()
-    monkeypatch.setenv("PYTHONPATH", f"{package.parent}:{ROOT}")
-    monkeypatch.setenv("FAKE_RUNS", str(runs))
-    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-    return runs
+    (folder / "runs.txt").touch()
+    return {"PYTHONPATH": f"{package.parent}:{ROOT}", "FAKE_RUNS": str(folder / "runs.txt")}

@@ -33,7 +33,17 @@ def test_help_is_quick() -> None:
     began = time.monotonic()
     done = subprocess.run([sys.executable, "-m", "cluster.cli", "--help"], capture_output=True, text=True, check=True)
     assert time.monotonic() - began < 1.0
-    assert re.findall(r"^    (\w+) ", done.stdout, re.M) == ["run", "plan", "status", "logs", "report", "data", "fit", "doctor"]
+    assert re.findall(r"^    (\w+) ", done.stdout, re.M) == [
+        "run",
+        "plan",
+        "status",
+        "logs",
+        "report",
+        "data",
+        "fit",
+        "submit",
+        "doctor",
+    ]
 
 
 def test_plan_prints_one_json_document(study_file: Path, capsys: pytest.CaptureFixture[str]) -> None:

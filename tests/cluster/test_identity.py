@@ -32,14 +32,14 @@ def test_golden_study(study_file: Path) -> None:
     assert first == {
         "plant": "014c44764a12c694",
         "prepare": "551a1591e2a47b52",
-        "train_encoder": "ecec9a0bcb452f1d",
-        "encode": "98223fd9e6129d97",
-        "quantize": "98849cce545832f5",
-        "train_sid": "8f1500e125783b26",
-        "evaluate_sid": "955c7e0d6bb39781",
-        "pretrain_llm": "6b4e3f92476782c0",
-        "train_llm": "fafba9635ed74cda",
-        "evaluate_llm": "68996593b962ff77",
+        "train_encoder": "67110620b542985c",
+        "encode": "72208fd0b6226045",
+        "quantize": "53acc18511294049",
+        "train_sid": "0d035c1896ad9b42",
+        "evaluate_sid": "8824e312e3128b73",
+        "pretrain_llm": "560dc3fd17da337b",
+        "train_llm": "57acd760f4cfcab5",
+        "evaluate_llm": "56e63cdcdfec98e4",
         "baseline": "1b4ebb3812c06986",
     }
     assert set(first) == set(STAGES)

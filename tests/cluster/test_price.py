@@ -2,6 +2,7 @@ from pathlib import Path
 
 import pytest
 
+from cluster import cost
 from cluster.plan import Plan, make_plan
 from cluster.price import price as price_plan
 from cluster.price import price_node, table
@@ -23,6 +24,15 @@ def test_parameters_are_those_of_the_module(plan: Plan) -> None:
     assert price.n_non_embedding == layers
     assert price.n_parameters == layers + 770 * 16
     assert price.bytes > price.n_parameters * 16 and price.seconds > 0
+
+
+def test_parameters_and_flops_of_the_decoder_only_architecture(study_file: Path) -> None:
+    """By hand for one layer, d 16, one head of 16, d_ff 32: attention with its two norms of a head, SwiGLU, and three norms."""
+    plan = make_plan(load_study(study_file, ["sid.train.architecture=decoder-only"]))
+    node = next(n for n in plan.nodes.values() if n.stage == "train_sid" and n.config["size"]["d_model"] == 16)
+    price = price_node(plan, node, done=False)
+    assert price.n_non_embedding == 4 * 16 * 16 + 2 * 16 + 3 * 16 * 32 + 3 * 16
+    assert price.flops == 6 * price.n_non_embedding * cost.tokens(plan, node, cost.facts_of(plan, node))
 
 
 def test_a_rung_of_more_steps_costs_more(study_file: Path) -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -114,3 +115,11 @@ def test_two_processes_through_the_launcher(tmp_path: Path) -> None:
     """The job itself checks that the number of processes is what its run.yaml says."""
     group = Group(write_run(tmp_path, "train_sid", {**TRAIN, "seed": 0}, processes=2), "fakejobs", 0)
     assert group.reason() is None, (tmp_path / "work" / "log.txt").read_text()
+
+
+def test_what_schedules_loads_no_torch() -> None:
+    """Seconds and half a gigabyte in every worker, which only the jobs themselves need."""
+    words = (
+        "import sys, cluster.trial, cluster.schedule, cluster.run; sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", words]).returncode == 0
