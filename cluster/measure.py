@@ -15,6 +15,7 @@ from cluster.study import METRICS
 from gr.metrics import RECALL_AT
 
 EXPECTED = [f"expected_recall@{k}" for k in RECALL_AT]
+SID_RECALL = [f"sid_recall@{k}" for k in RECALL_AT]
 SIZES = ("n_rs", "n_llm", "n_qt", "n_lora", "n_cf", "n_total", "n_non_embedding")
 
 SCHEMA = pa.schema(
@@ -40,23 +41,27 @@ SCHEMA = pa.schema(
     + [(name, pa.float64()) for name in EXPECTED]
     + [("shared_titles_policy", pa.string())]
     + [(name, pa.int64()) for name in ("items_with_shared_title", "empty_titles", "truncated_titles")]
+    + [(name, pa.string()) for name in ("architecture", "encoder", "quantizer", "collisions")]
+    + [(name, pa.float64()) for name in ("reconstruction_error", "identity_bits", "probe_embedding_r2", *SID_RECALL)]
 )
 """The table's columns; null where one does not apply. Sizes are counted parameters, times seconds, memory bytes.
 
 ``evaluated_part``: "test" or "val"; ``loss_unit``: what ``loss_val`` is a mean over, and so comparable within a paradigm only;
-``expected_recall@k``: of the planted world's optimum, free of the targets' luck.
+``expected_recall@k``: of the planted world's optimum, free of the targets' luck; ``sid_recall@k``: of SIDs without their extra
+digit, which is no recall of items (docs/sid.md has the other columns of tokenizers).
 """
 
 _TRAIN = ["n_non_embedding", "train_tokens", "train_flops", "train_seconds", "peak_memory_bytes", "loss_val"]
 _TRAIN += ["lr", "steps", "device"]
 _EVALUATE = ["infer_flops_per_user", "eval_seconds", "users_per_second", "invalid_beams", "beams", "evaluated_users", *METRICS]
+_QUANTIZE = ["quantizer", "collisions", "reconstruction_error", "identity_bits", "probe_embedding_r2"]
 _TITLES = ["shared_titles_policy", "items_with_shared_title", "empty_titles", "truncated_titles"]
 _SOURCES: dict[str, tuple[tuple[str, list[str]], ...]] = {
     "sid": (
-        ("encode", ["n_llm", "encoder_init"]),
-        ("quantize", ["n_qt", "collision_rate"]),
-        ("train_sid", ["n_rs", "init", *_TRAIN]),
-        ("evaluate_sid", _EVALUATE),
+        ("encode", ["n_llm", "encoder_init", "encoder"]),
+        ("quantize", ["n_qt", "collision_rate", *_QUANTIZE]),
+        ("train_sid", ["n_rs", "init", "architecture", *_TRAIN]),
+        ("evaluate_sid", [*SID_RECALL, *_EVALUATE]),
     ),
     "llm": (("train_llm", ["n_llm", "n_lora", "init", *_TRAIN]), ("evaluate_llm", [*_TITLES, *_EVALUATE])),
     "cf": (("baseline", ["n_cf", "train_seconds", "peak_memory_bytes", "device", *EXPECTED, *_EVALUATE]),),

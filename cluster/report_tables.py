@@ -13,8 +13,9 @@ Row = dict[str, Any]
 
 SIZES = ("n_rs", "n_llm", "n_qt", "n_lora", "n_cf", "n_total", "n_non_embedding")
 METRICS = ("recall@1", "recall@5", "recall@10", "recall@20", "ndcg@10")
-_WORDS = ("init", "encoder_init", "lr_choice")
+_WORDS = ("init", "architecture", "encoder_init", "quantizer", "lr_choice")
 _RATES = ("collision_rate", "invalid_beams")
+_TOKENIZER = ("sid_recall@10", "reconstruction_error", "identity_bits")
 
 
 def page(
@@ -106,6 +107,7 @@ def _points(rows: list[Row]) -> dict[str, Any]:
     columns += [("loss_val", [_spread(rung, "loss_val") for rung in rungs])]
     columns += [("loss_unit", [_text(rung, "loss_unit") for rung in rungs])]
     columns += [(name, [_plain(_mean(rung, name), ".2%") for rung in rungs]) for name in _RATES]
+    columns += [(name, [_plain(_mean(rung, name), ".4g") for rung in rungs]) for name in _TOKENIZER]
     columns += [(name, [_text(rung, name) for rung in rungs]) for name in _WORDS]
     kept = [(name, cells) for name, cells in columns if any(cells)]
     return {"names": [name for name, _ in kept], "rows": [list(cells) for cells in zip(*(c for _, c in kept), strict=True)]}
