@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: study test test-slow lint setup bench clean
+.PHONY: study test test-slow test-long lint setup bench clean
 
 study: $(READY)
 	$(BIN)/grscale run
@@ -13,7 +13,10 @@ test: $(READY)
 	$(BIN)/pytest -m "not slow"
 
 test-slow: $(READY)
-	$(BIN)/pytest -m slow
+	$(BIN)/pytest -m "slow and not long"
+
+test-long: $(READY)
+	$(BIN)/pytest -m long
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -12,6 +12,7 @@ from typing import Any
 
 import psutil  # type: ignore[import-untyped]
 
+from cluster.group import Group
 from cluster.plan import Node, Plan
 from cluster.store import Store, kill_group, open_store
 from gr.errors import UserError
@@ -105,8 +106,6 @@ def task(folder: Path, number: int, module: str = "jobs") -> int:
 def _run(store: Store, plan: Plan, node: Node, module: str, stop: dict[str, bool]) -> str | None:
     """Runs one stage as its own process group; why it failed, or None. It gets SIGTERM once when the task is asked to stop: a job
     that trains saves then. How long it may take is Slurm's to say."""
-    from cluster.trial import Group
-
     group = Group(store.write_run(node, plan), module, node.gpus)
     asked = False
     while group.process.poll() is None:

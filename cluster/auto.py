@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from cluster.study import Llm, LlmRung, Loaded, Sid, SidRung
@@ -17,7 +16,7 @@ from gr.llm.lora import per_rank
 from gr.llm.sequences import TOKENS_AT_ONCE
 from gr.sid.decoder_only import decoder_only
 from gr.sid.recommender import t5
-from jobs.config import Launch, LoraConfig
+from jobs.config import Launch, Tuning
 from jobs.sid_recipes import LENGTH_GROUPS
 from jobs.sizing import Work, activation_bytes, choose
 
@@ -64,7 +63,7 @@ def _llm(llm: Llm | None, rung: LlmRung) -> Work:
     model = _outside(rung.model)
     text = model.config.get_text_config()
     row = activation_bytes(text.num_hidden_layers, text.hidden_size, text.num_attention_heads, tokens, text.vocab_size)
-    return _work(model, llm.train.lora, row, rows, TOKENS_AT_ONCE // tokens, tokens)
+    return _work(model, llm.train, row, rows, TOKENS_AT_ONCE // tokens, tokens)
 
 
 def _outside(name: str) -> Any:
@@ -78,11 +77,11 @@ def _outside(name: str) -> Any:
         raise UserError(f"the sizes of {name!r} can't be read: {' '.join(str(error).split())}") from None
 
 
-def _work(model: nn.Module, lora: LoraConfig | None, row: float, global_batch: int, most_rows: int, tokens: int) -> Work:
-    weights = sum(p.numel() for p in model.parameters())
-    if lora is None:
-        trained = weights
-    else:
-        trained = per_rank(model) * lora.rank if lora.rank else int(weights * (lora.share or 0.0))
+def _work(model: Any, tuning: Tuning | None, row: float, global_batch: int, most_rows: int, tokens: int) -> Work:
+    weights = trained = sum(p.numel() for p in model.parameters())
+    if tuning and tuning.lora:
+        trained = per_rank(model) * tuning.lora.rank if tuning.lora.rank else int(weights * (tuning.lora.share or 0.0))
+    elif tuning and tuning.tune == "head":
+        trained = model.get_output_embeddings().weight.numel()
     largest = max(p.numel() for p in model.parameters())
     return Work(weights, trained, row, global_batch, largest, max(1, most_rows), tokens)

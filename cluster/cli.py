@@ -22,18 +22,53 @@ def _load(args: argparse.Namespace) -> "Loaded":
 
 
 def run(args: argparse.Namespace) -> int:
-    from cluster.run import run_study
-
     loaded = _load(args)
-    return run_study(loaded, args.out or Path("runs") / loaded.study.study, args.ray)
+    if not isinstance(args.out, str):
+        return _run_in(loaded, args.out or Path("runs") / loaded.study.study, args.ray)
+    from cluster.remote import Mirror
+
+    if args.ray:
+        raise UserError("--ray: the machines of a cluster share a path, not a URL; give --out a folder that all of them see")
+    with Mirror(args.out).kept() as out:
+        return _run_in(loaded, out, None)
+
+
+def _run_in(loaded: "Loaded", out: Path, ray: str | None) -> int:
+    from cluster.run import GO_ON, run_study
+    from jobs.runtime import no_room
+
+    try:
+        return run_study(loaded, out, ray)
+    except Exception as error:  # of a full disk: whichever library met it, Ray's among them
+        if not (why := no_room(out, error)):
+            raise
+        print(f"grscale: {out}: {why}; make room, and {GO_ON}", file=sys.stderr)
+        return 1
+
+
+def _here(folder: Path | str) -> Path:
+    """A study's folder on this machine; of a URL the copy, brought up to date."""
+    if isinstance(folder, Path):
+        return folder
+    from cluster.remote import Mirror
+
+    mirror = Mirror(folder)
+    mirror.pull()
+    return mirror.folder
+
+
+def _place(text: str) -> Path | str:
+    """A URL as it was typed, anything else as a path."""
+    return text if "://" in text else Path(text)
 
 
 def plan(args: argparse.Namespace) -> int:
     from cluster.plan import make_plan
     from cluster.store import Store
+    from cluster.tuning import Records
 
-    made = make_plan(_load(args))
     store = Store(args.out) if args.out else None
+    made = make_plan(_load(args), Records(store.folder) if store else None, priced=True)
     from rich.console import Console
 
     from cluster import price
@@ -54,7 +89,7 @@ def status(args: argparse.Namespace) -> int:
     from cluster.store import open_store
     from cluster.submit import queue
 
-    store, made = open_store(args.folder)
+    store, made = open_store(_here(args.folder))
     watch = Watch(made, store)
     watch.look()
     found = [failure for failure in failures(store, made) if failure.ran]
@@ -63,6 +98,8 @@ def status(args: argparse.Namespace) -> int:
             "study": made.study.study,
             "running": store.locked(),
             "points": {point.run_id: watch.point_state(point) for point in made.points},
+            "pending": list(made.pending),
+            "trials": {trial.run_id: watch.tried(trial) for trial in made.trials},
             "seconds_left": round(watch.seconds_left(slots())),
             "failures": [vars(failure) for failure in found],
             "slurm": queue(store.folder),
@@ -75,7 +112,7 @@ def status(args: argparse.Namespace) -> int:
     jobs = queue(store.folder)
     for job in jobs:
         print(f"slurm: job {job['job']} {job['state']} {job['time']} {job['where']}")
-    if not jobs and not store.locked() and watch.totals()["done"] < len(made.points):
+    if not jobs and not store.locked() and watch.totals()["done"] < len(made.points) + len(made.pending):
         print("nothing runs here; the same `grscale run` goes on where it stopped")
     return 0
 
@@ -84,7 +121,7 @@ def logs(args: argparse.Namespace) -> int:
     from cluster.plan import nearest_point
     from cluster.store import open_store
 
-    store, made = open_store(args.folder)
+    store, made = open_store(_here(args.folder))
     point = nearest_point(made, args.point)
     upstream = made.upstream(point)
     logged = [node for node in upstream if (store.work(node) / "log.txt").is_file()]
@@ -103,7 +140,7 @@ def report(args: argparse.Namespace) -> int:
     from cluster.report import verdict_lines, write_report
     from cluster.store import open_store
 
-    store, made = open_store(args.folder)
+    store, made = open_store(_here(args.folder))
     refresh_rows(store, made)  # of points that a job array measured
     if not any((store.folder / "metrics").glob("*.parquet")):
         raise UserError(f"{store.folder}: no point has been measured yet")
@@ -166,7 +203,7 @@ def _parser(command: str | None) -> argparse.ArgumentParser:
 
     one = add("run", run, "run a study, or go on with one (with no STUDY: the built-in one)")
     one.add_argument("study", nargs="?", type=Path, metavar="STUDY.yaml")
-    one.add_argument("--out", type=Path, metavar="DIR", help="the study's folder (default: runs/<name of the study>)")
+    one.add_argument("--out", type=_place, metavar="DIR|URL", help="the study's folder (default: runs/<name of the study>)")
     one.add_argument("--set", action="append", default=[], metavar="KEY.PATH=VALUE", help="override one key of the study")
     one.add_argument("--ray", metavar="ADDRESS", help="a running Ray cluster (default: one on this machine, for this run)")
 
@@ -177,15 +214,15 @@ def _parser(command: str | None) -> argparse.ArgumentParser:
     one.add_argument("--set", action="append", default=[], metavar="KEY.PATH=VALUE", help="override one key of the study")
 
     one = add("status", status, "show what a study is doing")
-    one.add_argument("folder", type=Path, metavar="DIR")
+    one.add_argument("folder", type=_place, metavar="DIR|URL")
     one.add_argument("--json", action="store_true", help="one JSON document")
 
     one = add("logs", logs, "print the log of a point's last stage")
-    one.add_argument("folder", type=Path, metavar="DIR")
+    one.add_argument("folder", type=_place, metavar="DIR|URL")
     one.add_argument("point", metavar="POINT", help="its run_id, or the beginning of it")
 
     one = add("report", report, "write a study's report again from its metrics")
-    one.add_argument("folder", type=Path, metavar="DIR")
+    one.add_argument("folder", type=_place, metavar="DIR|URL")
 
     one = add("data", data, "turn interactions and items into a data set folder")
     if command == "data":
@@ -216,7 +253,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = _parser(words[0] if words else None).parse_args(words)
         return int(args.function(args))
     except UserError as error:
-        print(f"grscale: {error}", file=sys.stderr)
+        words = "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(error))  # a name may hold a terminal's commands
+        print(f"grscale: {words}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

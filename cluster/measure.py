@@ -41,7 +41,8 @@ SCHEMA = pa.schema(
     + [(name, pa.float64()) for name in EXPECTED]
     + [("shared_titles_policy", pa.string())]
     + [(name, pa.int64()) for name in ("items_with_shared_title", "empty_titles", "truncated_titles")]
-    + [(name, pa.string()) for name in ("architecture", "encoder", "quantizer", "collisions")]
+    + [(name, pa.string()) for name in ("architecture", "encoder", "quantizer", "collisions", "tune")]
+    + [("n_trained", pa.int64())]
     + [(name, pa.float64()) for name in ("reconstruction_error", "identity_bits", "probe_embedding_r2", *SID_RECALL)]
 )
 """The table's columns; null where one does not apply. Sizes are counted parameters, times seconds, memory bytes.
@@ -63,7 +64,7 @@ _SOURCES: dict[str, tuple[tuple[str, list[str]], ...]] = {
         ("train_sid", ["n_rs", "init", "architecture", *_TRAIN]),
         ("evaluate_sid", [*SID_RECALL, *_EVALUATE]),
     ),
-    "llm": (("train_llm", ["n_llm", "n_lora", "init", *_TRAIN]), ("evaluate_llm", [*_TITLES, *_EVALUATE])),
+    "llm": (("train_llm", ["n_llm", "n_lora", "n_trained", "tune", "init", *_TRAIN]), ("evaluate_llm", [*_TITLES, *_EVALUATE])),
     "cf": (("baseline", ["n_cf", "train_seconds", "peak_memory_bytes", "device", *EXPECTED, *_EVALUATE]),),
 }
 """Which stage of a point each column comes from: a study's encoder is trained too, but its loss is not the point's."""
@@ -83,6 +84,8 @@ def row(store: Store, plan: Plan, point: Point) -> dict[str, Any]:
     for stage, columns in _SOURCES[point.paradigm]:
         facts = nodes[stage][1]["facts"]
         found.update({column: facts[column] for column in columns if facts.get(column) is not None})
+    if isinstance(found["probe_embedding_r2"], list):  # of the first level, the first two, ...: the table's is that of all
+        found["probe_embedding_r2"] = found["probe_embedding_r2"][-1]
     last_node, last = nodes[plan.nodes[point.nodes[-1]].stage]
     first_node, first = nodes[plan.nodes[point.nodes[0]].stage]
     counts = nodes["prepare"][1]["facts"]

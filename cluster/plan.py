@@ -8,8 +8,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from cluster import tuning
 from cluster.identity import identity
-from cluster.study import EncoderSpec, LlmRung, Loaded, Pretrain, SidRung, Study, StudyOptimizer
+from cluster.rates import Rates, SweepTrial, resolve
+from cluster.study import EncoderSpec, LlmRung, Loaded, SidRung, Study
+from cluster.tuning import Records
 from gr.data.dataset import Dataset
 from gr.errors import UserError
 from gr.files import sha256
@@ -62,14 +65,27 @@ class Chain:
 
 @dataclass
 class Plan:
-    """``nodes`` are in an order in which each comes after its inputs."""
+    """``nodes`` are in an order in which each comes after its inputs.
+
+    ``pending``: points that are not among ``points``, because their learning rate is not known yet, each with its ladder's name,
+    with which the names of the sweeps begin that it may wait for.
+    """
 
     study: Study
     nodes: dict[str, Node] = field(default_factory=dict)
     points: list[Point] = field(default_factory=list)
+    trials: list[SweepTrial] = field(default_factory=list)
+    pending: dict[str, str] = field(default_factory=dict)
 
-    def upstream(self, point: Point) -> list[Node]:
-        """All nodes that a point stands on, its own included, inputs first."""
+    def part(self, trials: list[SweepTrial], points: list[Point]) -> "Plan":
+        """The plan of some trials and points, and of what they stand on."""
+        both: list[Point | SweepTrial] = [*trials, *points]
+        needed = {node.id for one in both for node in self.upstream(one)}
+        nodes = {id: node for id, node in self.nodes.items() if id in needed}
+        return Plan(self.study, nodes, list(points), list(trials))
+
+    def upstream(self, point: Point | SweepTrial) -> list[Node]:
+        """All nodes that a point or trial stands on, its own included, inputs first."""
         found: set[str] = set()
         todo = list(point.nodes)
         while todo:
@@ -80,11 +96,12 @@ class Plan:
         return [node for node in self.nodes.values() if node.id in found]
 
     def points_of(self) -> dict[str, frozenset[str]]:
-        """Node -> the points that stand on it."""
+        """Node -> the points and trials that stand on it."""
         users: dict[str, set[str]] = {node: set() for node in self.nodes}
-        for point in self.points:
-            for node in self.upstream(point):
-                users[node.id].add(point.run_id)
+        both: list[Point | SweepTrial] = [*self.points, *self.trials]
+        for one in both:
+            for node in self.upstream(one):
+                users[node.id].add(one.run_id)
         return {node: frozenset(points) for node, points in users.items()}
 
     def chains(self) -> list[Chain]:
@@ -126,17 +143,25 @@ class Plan:
             "worthwhile": self.study.worthwhile,
             "points": [asdict(point) for point in self.points],
             "nodes": [asdict(node) for node in self.nodes.values()],
+            "trials": [asdict(trial) for trial in self.trials],
+            "pending": self.pending,
         }
 
 
-def make_plan(loaded: Loaded) -> Plan:
-    """Resolves a study into its graph; reads the manifest of every data set from outside."""
-    return _Planner(loaded).make()
+def make_plan(loaded: Loaded, records: Records | None = None, priced: bool = False) -> Plan:
+    """Resolves a study into its graph; reads the manifest of every data set from outside.
+
+    ``records``: how trials of sweeps ended. A point whose sweep has not ended is pending, or where ``priced`` planned with a
+    learning rate that stands for the unknown one, which its ``lr_choice`` says: such a plan is not to be run.
+    """
+    tuning.check(loaded)
+    return _Planner(loaded, records, priced).make()
 
 
 class _Planner:
-    def __init__(self, loaded: Loaded) -> None:
+    def __init__(self, loaded: Loaded, records: Records | None, priced: bool) -> None:
         self.loaded, self.study = loaded, loaded.study
+        self.rates = Rates(records, priced)
         self.plan = Plan(loaded.study)
 
     def make(self) -> Plan:
@@ -157,6 +182,7 @@ class _Planner:
                 if self.study.llm:
                     for llm_rung in self.study.llm.ladder:
                         self._llm(name, protocol, split, llm_rung)
+        self.plan.trials = list(self.rates.trials.values())
         return self.plan
 
     def node(
@@ -192,8 +218,7 @@ class _Planner:
             raise UserError(f"{self.loaded.where(('datasets', name, 'path'))}: datasets.{name}.path: {error}") from None
 
     def _point(self, dataset: str, protocol: Protocols, paradigm: str, model: str, seed: int, nodes: tuple[str, ...]) -> None:
-        short = "loo" if protocol.kind == "leave-one-out" else label(protocol)
-        run_id = f"{dataset}-{short}-{paradigm}-{model}-s{seed}-{nodes[-1][:8]}"
+        run_id = f"{_group(dataset, protocol, paradigm)}-{model}-s{seed}-{nodes[-1][:8]}"
         self.plan.points.append(Point(run_id, dataset, label(protocol), paradigm, model, seed, nodes))
 
     def _cf(self, dataset: str, protocol: Protocols, source: str, split: str, planted: bool) -> None:
@@ -212,27 +237,40 @@ class _Planner:
     def _sid(self, dataset: str, protocol: Protocols, split: str, rung: SidRung, world: dict[str, str]) -> None:
         sid = self.study.sid
         assert sid is not None
-        embeddings = self._embeddings(split, sid.encoders[rung.encoder or next(iter(sid.encoders))])
-        quantizer = sid.quantizers[rung.quantizer or next(iter(sid.quantizers))]
-        sids = self.node("quantize", quantizer.model_dump(), {"embeddings": embeddings, **world})
-        size = rung.model_dump(include={"layers", "d_model", "heads", "d_kv", "d_ff"})
-        launch = self._launch(rung)
+        group = _group(dataset, protocol, "sid")
+
+        def train(rung: SidRung, optimizer: dict[str, Any], seed: int) -> str:
+            return self._train_sid(split, rung, world, optimizer, seed)
+
+        optimizer = self.rates.of(f"{group}-{{}}", sid.train.optimizer, sid.ladder, rung, train)
         for seed in self.study.seeds:
-            config = {
-                "size": size,
-                **sid.train.model_dump(exclude={"optimizer"}),
-                "optimizer": resolve(sid.train.optimizer, rung.d_model, rung.lr, rung.steps),
-                "seed": seed,
-            }
-            inputs = {"split": split, "sids": sids}
-            train = self.node("train_sid", config, inputs, launch.processes, launch.threads, launch)
+            if optimizer is None:
+                self._pending(group, rung.name, seed)
+                continue
+            trained = train(rung, optimizer, seed)
+            node = self.plan.nodes[trained]
             evaluate = self.node(
                 "evaluate_sid",
                 {**self.study.evaluate.model_dump(), **sid.evaluate.model_dump()},
-                {"split": split, "sids": sids, "model": train},
-                threads=launch.processes * launch.threads,
+                {"split": split, "sids": node.inputs["sids"], "model": trained},
+                threads=node.processes * node.threads,
             )
-            self._point(dataset, protocol, "sid", rung.name, seed, (train, evaluate))
+            self._point(dataset, protocol, "sid", rung.name, seed, (trained, evaluate))
+
+    def _train_sid(self, split: str, rung: SidRung, world: dict[str, str], optimizer: dict[str, Any], seed: int) -> str:
+        sid = self.study.sid
+        assert sid is not None
+        embeddings = self._embeddings(split, sid.encoders[rung.encoder or next(iter(sid.encoders))])
+        quantizer = sid.quantizers[rung.quantizer or next(iter(sid.quantizers))]
+        sids = self.node("quantize", quantizer.model_dump(), {"embeddings": embeddings, **world})
+        config = {
+            "size": rung.model_dump(include={"layers", "d_model", "heads", "d_kv", "d_ff"}),
+            **sid.train.model_dump(exclude={"optimizer"}),
+            "optimizer": optimizer,
+            "seed": seed,
+        }
+        launch = self._launch(rung)
+        return self.node("train_sid", config, {"split": split, "sids": sids}, launch.processes, launch.threads, launch)
 
     def _embeddings(self, split: str, spec: EncoderSpec) -> str:
         inputs = {"split": split}
@@ -250,25 +288,47 @@ class _Planner:
     def _llm(self, dataset: str, protocol: Protocols, split: str, rung: LlmRung) -> None:
         llm = self.study.llm
         assert llm is not None
-        launch = self._launch(rung)
-        for seed in self.study.seeds:
+        group = _group(dataset, protocol, "llm")
+        fresh = [other for other in llm.ladder if other.model is None]
+
+        def pretrain(rung: LlmRung, optimizer: dict[str, Any], seed: int) -> str:
+            return self._fresh_backbone(split, rung, optimizer, seed)
+
+        def train(rung: LlmRung, optimizer: dict[str, Any], seed: int) -> str | None:
             inputs = {"split": split}
             if rung.model is None:
-                inputs["backbone"] = self._fresh_backbone(split, rung, llm.pretrain, seed, launch)
-            config = {
-                **llm.train.model_dump(exclude={"optimizer"}),
-                "model": rung.model,
-                "optimizer": resolve(llm.train.optimizer, rung.d_model, rung.lr, rung.steps),
-                "seed": seed,
-            }
-            train = self.node("train_llm", config, inputs, launch.processes, launch.threads, launch)
+                assert llm.pretrain is not None
+                pretraining = self.rates.of(f"{group}-{{}}-pretrain", llm.pretrain.optimizer, fresh, rung, pretrain, own=False)
+                if pretraining is None:
+                    return None
+                inputs["backbone"] = pretrain(rung, pretraining, seed)
+            return self._train_llm(inputs, rung, optimizer, seed)
+
+        optimizer = self.rates.of(f"{group}-{{}}", llm.train.optimizer, llm.ladder, rung, train)
+        for seed in self.study.seeds:
+            trained = train(rung, optimizer, seed) if optimizer is not None else None
+            if trained is None:
+                self._pending(group, rung.name, seed)
+                continue
+            node = self.plan.nodes[trained]
             evaluate = self.node(
                 "evaluate_llm",
                 {**self.study.evaluate.model_dump(), **llm.evaluate.model_dump()},
-                {**inputs, "model": train},
-                threads=launch.processes * launch.threads,
+                {**node.inputs, "model": trained},
+                threads=node.processes * node.threads,
             )
-            self._point(dataset, protocol, "llm", rung.name, seed, (train, evaluate))
+            self._point(dataset, protocol, "llm", rung.name, seed, (trained, evaluate))
+
+    def _train_llm(self, inputs: dict[str, str], rung: LlmRung, optimizer: dict[str, Any], seed: int) -> str:
+        assert self.study.llm is not None
+        config = {
+            **self.study.llm.train.model_dump(exclude={"optimizer"}),
+            "model": rung.model,
+            "optimizer": optimizer,
+            "seed": seed,
+        }
+        launch = self._launch(rung)
+        return self.node("train_llm", config, inputs, launch.processes, launch.threads, launch)
 
     def _launch(self, rung: SidRung | LlmRung) -> Launch:
         if isinstance(rung.launch, Launch):
@@ -277,34 +337,24 @@ class _Planner:
 
         return launch_of(self.loaded, rung)
 
-    def _fresh_backbone(self, split: str, rung: LlmRung, pretrain: Pretrain | None, seed: int, launch: Launch) -> str:
+    def _fresh_backbone(self, split: str, rung: LlmRung, optimizer: dict[str, Any], seed: int) -> str:
         """One per seed: backbones differ between rungs, so seeds that shared theirs would vary less than the rungs do."""
-        assert pretrain is not None and rung.d_model is not None
+        assert self.study.llm is not None and self.study.llm.pretrain is not None
         config = {
             "size": rung.model_dump(include={"layers", "d_model", "heads", "d_ff", "kv_heads"}),
-            **pretrain.model_dump(exclude={"optimizer"}),
-            "optimizer": resolve(pretrain.optimizer, rung.d_model),
+            **self.study.llm.pretrain.model_dump(exclude={"optimizer"}),
+            "optimizer": optimizer,
             "seed": seed,
         }
+        launch = self._launch(rung)
         return self.node("pretrain_llm", config, {"split": split}, launch.processes, launch.threads, launch)
 
+    def _pending(self, group: str, model: str, seed: int) -> None:
+        self.plan.pending[f"{group}-{model}-s{seed}"] = group
 
-def resolve(optimizer: StudyOptimizer, d_model: int | None, lr: float | None = None, steps: int | None = None) -> dict[str, Any]:
-    """The job's optimizer for one rung, with how its learning rate was chosen.
 
-    With ``lr_at_d_model`` the rate of every weight falls as 1/width, in standard parametrisation. That is the rule of muP for the
-    hidden weights under Adam (Yang et al. 2022, table 3) without its other rules, and no rung's rate is swept: a rule of thumb.
-    """
-    values = optimizer.model_dump(exclude={"lr_at_d_model"})
-    if steps is not None:
-        values["steps"] = steps
-    if lr is not None:
-        return {**values, "lr": lr, "lr_choice": "stated for this rung"}
-    if optimizer.lr_at_d_model is not None and d_model is not None:
-        chosen = float(f"{optimizer.lr * optimizer.lr_at_d_model / d_model:.12g}")  # one spelling on every machine
-        words = f"scaled by 1/width from d_model {optimizer.lr_at_d_model}, not swept"
-        return {**values, "lr": chosen, "lr_choice": words}
-    return values
+def _group(dataset: str, protocol: Protocols, paradigm: str) -> str:
+    return f"{dataset}-{'loo' if protocol.kind == 'leave-one-out' else label(protocol)}-{paradigm}"
 
 
 def label(protocol: Protocols) -> str:

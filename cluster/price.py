@@ -11,6 +11,7 @@ from cluster import cost
 from cluster.plan import Node, Plan
 from cluster.progress import duration
 from cluster.store import Store
+from cluster.tuning import UNKNOWN, open_trials
 from gr.count import count_parameters
 from gr.llm.backbone import fresh_backbone
 from gr.sid.decoder_only import decoder_only
@@ -95,11 +96,29 @@ def _built(stage: str, size: tuple[tuple[str, int], ...], vocab: int, longest: i
 def price(plan: Plan, store: Store | None) -> dict[str, Any]:
     """The priced plan as one JSON document."""
     document = plan.document()
+    trials = {trial.nodes[-1] for trial in plan.trials}
+    ended = trials - {trial.nodes[-1] for trial in open_trials(plan, store)} if store else set()
     for entry, node in zip(document["nodes"], plan.nodes.values(), strict=True):
-        entry["price"] = asdict(price_node(plan, node, store is not None and store.done(node)))
+        entry["price"] = asdict(price_node(plan, node, node.id in ended or (store is not None and store.done(node))))
+        if unknown(node):
+            entry["config"]["optimizer"]["lr"] = None
+    document["pending"] = waiting(plan)
+    swept = [entry["price"] for entry in document["nodes"] if entry["id"] in trials and not entry["price"]["done"]]
+    document["sweep_seconds"] = sum(price["seconds"] for price in swept)
+    document["sweep_flops"] = sum(price["flops"] for price in swept)
     document["seconds"] = sum(entry["price"]["seconds"] for entry in document["nodes"] if not entry["price"]["done"])
     document["flops"] = sum(entry["price"]["flops"] for entry in document["nodes"] if not entry["price"]["done"])
     return document
+
+
+def unknown(node: Node) -> bool:
+    """Whether the node's learning rate stands for one that a sweep will tell."""
+    return bool(node.config.get("optimizer", {}).get("lr_choice") == UNKNOWN)
+
+
+def waiting(plan: Plan) -> list[str]:
+    """The points of a priced plan whose learning rate is not known yet; their run_ids are not the final ones."""
+    return [point.run_id for point in plan.points if any(unknown(node) for node in plan.upstream(point))]
 
 
 def table(plan: Plan, document: dict[str, Any], slots: int) -> Table:
@@ -111,12 +130,13 @@ def table(plan: Plan, document: dict[str, Any], slots: int) -> Table:
         f"{document['flops']:.2g} FLOPs, about {duration(wall)} on {slots} cores",
         title_justify="left",
         caption="FLOPs: 6 per non-embedding weight and token (4 under LoRA, 2 at inference, half in T5); memory: no activations; "
-        f"time at {plan.study.resources.flops_per_second:.2g} FLOP/s per thread",
+        f"time at {plan.study.resources.flops_per_second:.2g} FLOP/s per thread" + _sweep_words(document, slots),
         caption_justify="left",
     )
     for name in ("stage", "runs", "done", "parameters", "non-embedding", "FLOPs each", "memory", "devices", "time each"):
         found.add_column(name, justify="left" if name in ("stage", "devices") else "right")
     rungs = {node: f"{p.paradigm} {p.model}" for p in plan.points for node in p.nodes}
+    rungs |= {node: f"{trial.sweep} lr sweep" for trial in plan.trials for node in trial.nodes}
     groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for entry in document["nodes"]:
         size = entry["config"].get("size")
@@ -139,3 +159,12 @@ def table(plan: Plan, document: dict[str, Any], slots: int) -> Table:
                 duration(max(q["seconds"] for q in prices)),
             )
     return found
+
+
+def _sweep_words(document: dict[str, Any], slots: int) -> str:
+    if not document["pending"]:
+        return ""
+    return (
+        f"\nthe sweep of learning rates has not run: {document['sweep_flops']:.2g} FLOPs of the above, about "
+        f"{duration(document['sweep_seconds'] / slots)}; it comes first, and tells the rates of {len(document['pending'])} points"
+    )

@@ -14,7 +14,9 @@ from rich.table import Table
 from cluster import cost
 from cluster.measure import read_row
 from cluster.plan import Node, Plan, Point
+from cluster.rates import SweepTrial
 from cluster.store import State, Store
+from cluster.tuning import Outcome, ended
 
 POLL = 0.5
 HEARTBEAT = 15.0
@@ -42,6 +44,7 @@ class Watch:
         self.took: dict[str, float] = {}
         self.points: dict[str, dict[str, Any]] = {}
         self.private = {node: point for point in plan.points for node in point.nodes}
+        self.trials = {node: trial for trial in plan.trials for node in trial.nodes}
         self.many = len({(p.dataset, p.protocol) for p in plan.points}) > 1
 
     def look(self) -> list[str]:
@@ -51,12 +54,12 @@ class Watch:
             before = self.states.get(node.id)
             if before == "done":
                 continue
-            state = self.store.state(node)
+            state = "done" if self._outcome(node.id) else self.store.state(node)
             self.states[node.id] = state
             if state == "running":
                 self.metrics[node.id] = self.store.last_metrics(node)
-            if state == "done":
-                self.took[node.id] = self.store.manifest(node)["seconds"]  # type: ignore[index]
+            if state == "done" and (manifest := self.store.manifest(node)):  # a trial that was stopped has none
+                self.took[node.id] = manifest["seconds"]
             if before is not None and before != state:
                 news += self._news(node, state)
         for point in self.plan.points:
@@ -71,6 +74,8 @@ class Watch:
             return [f"started {name}"]
         if state == "failed":
             return [f"FAILED {name}: {self.store.failure(node)}"]
+        if state == "done" and node.id in self.trials:
+            return [f"tried {name}: {self.tried(self.trials[node.id])}"]
         if state == "done" and node.id not in self.private:
             return [f"finished {name} in {duration(self.took[node.id])}"]
         return []
@@ -82,8 +87,22 @@ class Watch:
         return f"measured {point.run_id}: {metric} {row[metric]:.4f}{loss} in {duration(took)}"
 
     def name(self, node: Node) -> str:
+        if node.id in self.trials:
+            return f"{node.stage} {self.trials[node.id].run_id}"
         point = self.private.get(node.id)
         return f"{node.stage} {self.rung(point)} seed {point.seed}" if point else node.key
+
+    def _outcome(self, node: str) -> Outcome | None:
+        return ended(self.trials[node], self.plan, self.store) if node in self.trials else None
+
+    def tried(self, trial: SweepTrial) -> str:
+        """What became of a trial so far: its state, or ``validation loss 2.310``, ``stopped at step 40``, ``diverged``."""
+        outcome = self._outcome(trial.nodes[-1])
+        if outcome is None:
+            return self.states[trial.nodes[-1]]
+        at = f" at step {outcome.step}" if outcome.status == "stopped" else ""
+        loss = f"validation loss {outcome.loss_val:.3f}" if outcome.loss_val is not None else ""
+        return loss if outcome.status == "done" else f"{outcome.status}{at}{', ' if loss else ''}{loss}"
 
     def rung(self, point: Point) -> str:
         where = f"{point.dataset} {point.protocol} " if self.many else ""
@@ -103,12 +122,18 @@ class Watch:
     def groups(self) -> list[Group]:
         found: dict[str, Group] = {}
         for node in self.plan.nodes.values():
-            if node.id in self.private:
+            if node.id in self.private or node.id in self.trials:
                 continue
             group = found.setdefault(node.stage, Group(node.stage))
             group.states[self.states[node.id]] += 1
             if self.states[node.id] == "running":
                 group.now.append(self.doing(node) or "starting")
+        for trial in self.plan.trials:
+            group = found.setdefault(trial.sweep, Group(f"{trial.sweep} lr sweep"))
+            state = self.states[trial.nodes[-1]]
+            group.states[state] += 1
+            if state == "running":
+                group.now.append(f"lr {trial.lr:g}: {self.doing(self.plan.nodes[trial.nodes[-1]])}".rstrip(": "))
         for point in self.plan.points:
             group = found.setdefault(self.rung(point), Group(self.rung(point)))
             group.states[self.point_state(point)] += 1
@@ -129,7 +154,10 @@ class Watch:
         return "running" if "running" in own else "waiting"
 
     def totals(self) -> Counter[State]:
-        return Counter(self.point_state(point) for point in self.plan.points)
+        """States of the points; those without a learning rate wait."""
+        found: Counter[State] = Counter(self.point_state(point) for point in self.plan.points)
+        found["waiting"] += len(self.plan.pending)
+        return found
 
     def seconds_left(self, slots: int) -> float:
         """Expected work left, by how long the finished stages of each kind really took, over what can run at once."""
@@ -163,15 +191,20 @@ class Watch:
         running = [n for n in self.plan.nodes.values() if self.states[n.id] == "running"]
         now = "; ".join(f"{self.name(n)} {self.doing(n)}".rstrip() for n in running)
         if t["running"] + t["waiting"]:
-            text += f"; about {duration(self.seconds_left(slots))} left"
+            text += f"; about {duration(self.seconds_left(slots))} left" + self._unknown()
         return text + (f" | {now}" if now else "")
+
+    def _unknown(self) -> str:
+        pending = len(self.plan.pending)
+        return f" before the learning rates of {pending} points are known" if pending else ""
 
     def table(self, slots: int) -> Table:
         metric = self.plan.study.metric
         t = self.totals()
-        title = f"{self.plan.study.study}: {t['done']} of {len(self.plan.points)} points measured"
-        if t["done"] + t["failed"] < len(self.plan.points):
-            title += f", about {duration(self.seconds_left(slots))} left"
+        points = len(self.plan.points) + len(self.plan.pending)
+        title = f"{self.plan.study.study}: {t['done']} of {points} points measured"
+        if t["done"] + t["failed"] < points:
+            title += f", about {duration(self.seconds_left(slots))} left" + self._unknown()
         table = Table(title=title, title_justify="left")
         for name in ("", "done", "running", "waiting", "failed", metric, "now"):
             table.add_column(name, justify="left" if name in ("", "now") else "right")

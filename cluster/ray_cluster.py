@@ -3,6 +3,7 @@
 import contextlib
 import importlib.metadata
 import logging
+import math
 import os
 import platform
 import re
@@ -12,10 +13,13 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil  # type: ignore[import-untyped]
+
+from cluster.group import grace
 from cluster.plan import Plan
 from cluster.room import Need
 from cluster.store import Store
@@ -25,7 +29,7 @@ PACKAGES = ("cluster", "fit", "gr", "jobs")
 """The study's own code: it travels with the run. What it imports has to be there."""
 REQUIREMENTS = ("accelerate", "peft", "torch", "transformers")
 """Distributions that must be the same everywhere, or a point's result would depend on where it ran."""
-TRAVELS, SECRET = re.compile("(HF|TRANSFORMERS|TORCH|NCCL|GLOO)_"), re.compile("TOKEN|KEY|SECRET|PASSWORD")
+TRAVELS, SECRET = re.compile("(GRSCALE|HF|TRANSFORMERS|TORCH|NCCL|GLOO)_"), re.compile("TOKEN|KEY|SECRET|PASSWORD")
 """Variables that go with the run; who can see the cluster's jobs can read them, so none with a secret."""
 ANSWER = 120.0
 """Seconds that a machine may take to start a worker and look at the study's folder."""
@@ -43,7 +47,6 @@ _ENVIRONMENT = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_MAX_PENDING_TRIALS_PG": "10000",  # the schedule suggests only what has room
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
-    "TUNE_FORCE_TRIAL_CLEANUP_S": "20",
     "TUNE_GLOBAL_CHECKPOINT_S": "3600",
     "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
     "TUNE_WARN_THRESHOLD_S": "60",
@@ -57,6 +60,8 @@ def connect(address: str | None, slots: int) -> None:
     put one in the home folder, after which clients that know nothing of it fail.
     """
     os.environ.update(_ENVIRONMENT)
+    # When Tune takes a trial's actor away that has not ended its job by itself: after SIGTERM, the grace and SIGKILL.
+    os.environ["TUNE_FORCE_TRIAL_CLEANUP_S"] = str(math.ceil(grace()) + 10)
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     if address and address.startswith("ray://"):
         raise UserError(f"--ray {address}: start it on a machine of the cluster, with the address of its head: HOST:PORT")
@@ -211,28 +216,60 @@ def _named(node: dict[str, Any]) -> str:
 
 @contextlib.contextmanager
 def head_watched(address: str | None, last_words: str) -> Iterator[None]:
-    """Ends this process with exit code 1 when the head of a joined cluster is gone: no call to Ray would return any more."""
-    if not address:
-        yield
-        return
-    import ray
+    """Ends this process with exit code 1 when the head of a joined cluster, or a process of a Ray of our own, is gone.
 
-    gcs, over = str(ray.get_runtime_context().gcs_address), threading.Event()
+    No call to Ray would return any more, or only after a minute and with words of Ray's.
+    """
+    lost, over = _head_lost() if address else _own_lost(), threading.Event()
+
+    def look() -> None:
+        if what := lost():
+            print(f"{what}; {last_words}", file=sys.stderr, flush=True)
+            os._exit(1)
 
     def watch() -> None:
-        seen = time.monotonic()
         while not over.wait(2.0):
-            if reachable(gcs):
-                seen = time.monotonic()
-            elif time.monotonic() - seen > HEAD_GONE and not over.is_set():
-                print(f"--ray: the cluster's head at {gcs} is gone; {last_words}", file=sys.stderr, flush=True)
-                os._exit(1)
+            look()
 
     threading.Thread(target=watch, daemon=True).start()
     try:
         yield
     finally:
         over.set()
+        look()  # ray.shutdown would wait for what is gone, as it is after a SIGTERM to everything
+
+
+def _head_lost() -> Callable[[], str]:
+    """Says that the cluster's head has not answered for `HEAD_GONE` seconds; empty as long as it has."""
+    import ray
+
+    gcs, seen = str(ray.get_runtime_context().gcs_address), time.monotonic()
+
+    def lost() -> str:
+        nonlocal seen
+        if reachable(gcs):
+            seen = time.monotonic()
+        return f"--ray: the cluster's head at {gcs} is gone" if time.monotonic() - seen > HEAD_GONE else ""
+
+    return lost
+
+
+def _own_lost() -> Callable[[], str]:
+    """Says which process of the Ray that this process started has died; empty as long as none has."""
+    parts = {part: part.name() for part in psutil.Process().children() if part.name() in ("gcs_server", "raylet")}
+
+    def lost() -> str:
+        dead = [name for part, name in parts.items() if _dead(part)]
+        return f"Ray's {dead[0]} on this machine died (killed, or out of memory)" if dead else ""
+
+    return lost
+
+
+def _dead(process: psutil.Process) -> bool:
+    try:
+        return bool(process.status() == psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return True
 
 
 def check_room(plan: Plan, needs: Iterable[tuple[str, Need]], having: dict[str, Need]) -> None:

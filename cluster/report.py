@@ -20,6 +20,7 @@ import yaml
 
 from cluster.figures import NAMES, Curve, Floats, Floor, Line, draw
 from cluster.report_words import floors
+from cluster.tuning import edges
 from fit import FitError, FitResult, Saturation, explain, fit_law, saturation
 from gr.errors import UserError
 from gr.files import read_json, whole_folder
@@ -151,6 +152,8 @@ def _analyse(rows: list[Row], paradigm: str, settings: dict[str, Any]) -> tuple[
     columns = {"N": size, "R": "metric"}
     sizes = np.unique(table[size])
     group: dict[str, Any] = {"size": size, "fixed": fixed, "sizes": len(sizes), "verdict": None, "laws": [], "notes": twins}
+    if warning := edges((str(row["model"]), str(row.get("lr_choice"))) for row in sized):
+        group["notes"].append(warning)
     lines: list[Line] = []
     if len(sizes) < 2:
         group["words"] = "no verdict: one size was measured, and a law needs two or more."

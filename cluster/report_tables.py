@@ -13,7 +13,7 @@ Row = dict[str, Any]
 
 SIZES = ("n_rs", "n_llm", "n_qt", "n_lora", "n_cf", "n_total", "n_non_embedding")
 METRICS = ("recall@1", "recall@5", "recall@10", "recall@20", "ndcg@10")
-_WORDS = ("init", "architecture", "encoder_init", "quantizer", "lr_choice")
+_WORDS = ("init", "tune", "architecture", "encoder_init", "quantizer", "lr_choice")
 _RATES = ("collision_rate", "invalid_beams")
 _TOKENIZER = ("sid_recall@10", "reconstruction_error", "identity_bits")
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from cluster import tuning
 from cluster.measure import refresh_rows
 from cluster.plan import Plan, make_plan
 from cluster.progress import Progress
@@ -26,17 +27,12 @@ def run_study(loaded: Loaded, out: Path, ray_address: str | None = None, module:
 
     ``module``: the package whose ``<module>.<stage>`` programs are started. UserError for a mistake in the study.
     """
-    plan, store = make_plan(loaded), Store(out)
+    store = Store(out)
+    make_plan(loaded, tuning.Records(store.folder))  # before anything is written: mistakes in the study
     with store.lock():
-        store.prepare(plan, loaded.raw)
-        store.end_groups(plan)  # of a driver that was killed
-        store.sweep(plan)
-        missing = [node for node in plan.nodes.values() if not store.done(node)]
-        interrupted = False
-        if missing:
-            for node in missing:
-                (store.work(node) / "failure.json").unlink(missing_ok=True)  # every run tries again
-            interrupted = _run(plan, store, ray_address, module)
+        plan, interrupted = _sweeps(loaded, store, ray_address, module)
+        if not interrupted:
+            interrupted = _run_missing(plan, plan.part([], plan.points), store, ray_address, module)
         refresh_rows(store, plan)
         if interrupted:
             print(f"stopped; {GO_ON}", file=sys.stderr)
@@ -49,9 +45,36 @@ def run_study(loaded: Loaded, out: Path, ray_address: str | None = None, module:
     return 1 if found else 0
 
 
+def _sweeps(loaded: Loaded, store: Store, address: str | None, module: str) -> tuple[Plan, bool]:
+    """Runs the trials of learning rates; returns the plan of what they decided, and whether the user stopped it.
+
+    A sweep may wait for another one (of the backbone that it trains an adapter for), so there can be several rounds.
+    """
+    tried: set[str] = set()
+    while True:
+        plan = make_plan(loaded, tuning.Records(store.folder))
+        store.prepare(plan, loaded.raw)
+        store.end_groups(plan)  # of a driver that was killed
+        store.sweep(plan)
+        if tuning.collect(plan, store):
+            continue
+        trials = [trial for trial in tuning.open_trials(plan, store) if trial.run_id not in tried]
+        tried.update(trial.run_id for trial in trials)
+        if not trials or _run_missing(plan, plan.part(trials, []), store, address, module):
+            return plan, bool(trials)
+
+
+def _run_missing(plan: Plan, part: Plan, store: Store, address: str | None, module: str) -> bool:
+    """Runs the stages of a part of the plan that are not finished; returns whether the user stopped it."""
+    missing = [node for node in part.nodes.values() if not store.done(node)]
+    for node in missing:
+        (store.work(node) / "failure.json").unlink(missing_ok=True)  # every run tries again
+    return bool(missing) and _run(plan, part, store, address, module)
+
+
 def failures(store: Store, plan: Plan) -> list[Failure]:
     """The points without a row, each with the stage that failed."""
-    found = []
+    found = [_waiting(store, plan, *pending) for pending in plan.pending.items()]
     for point in plan.points:
         undone = [node for node in plan.upstream(point) if not store.done(node)]
         if not undone:
@@ -66,6 +89,17 @@ def failures(store: Store, plan: Plan) -> list[Failure]:
     return found
 
 
+def _waiting(store: Store, plan: Plan, point: str, group: str) -> Failure:
+    """Why a point has no learning rate yet: the trial that failed, of its own sweep before those of the rungs it goes by."""
+    trials = tuning.open_trials(plan, store)
+    for trial in sorted(trials, key=lambda trial: not point.startswith(trial.sweep.removesuffix("-pretrain"))):
+        for node in plan.upstream(trial):
+            if trial.sweep.startswith(f"{group}-") and (why := store.failure(node)) is not None:
+                log = str(store.work(node) / "log.txt")
+                return Failure(point, f"its learning rate's sweep: {trial.run_id}: {node.stage} failed: {why}", log)
+    return Failure(point, "its learning rate's sweep did not run", str(store.folder / "work"), ran=False)
+
+
 def _report(store: Store, plan: Plan) -> None:
     if not any(store.row(point).is_file() for point in plan.points):
         print("no point was measured, so there is no report")
@@ -78,11 +112,11 @@ def _report(store: Store, plan: Plan) -> None:
     print(f"report: {store.folder / 'report' / 'index.html'}")
 
 
-def _run(plan: Plan, store: Store, address: str | None, module: str) -> bool:
-    """Runs the missing stages; returns whether the user stopped it."""
+def _run(plan: Plan, part: Plan, store: Store, address: str | None, module: str) -> bool:
+    """Runs the missing stages of a part of the plan, and shows all of it; returns whether the user stopped it."""
     stop = Stop()
     with _signals(stop), Progress(plan, store, slots=slots()):
-        _with_ray(plan, store, address, module, stop)
+        _with_ray(part, store, address, module, stop)
     return stop.asked
 
 
@@ -111,11 +145,17 @@ def _tune(plan: Plan, store: Store, module: str, stop: Stop) -> None:
     for name in ("ray.tune", "ray.train", "ray.air"):
         logging.getLogger(name).setLevel(logging.CRITICAL)  # failures are told in the study's own words
     schedule = Schedule(plan, store, module, stop, machines)
+    stopping = {}
+    if plan.trials:  # never of measured points, which no such plan has
+        from cluster.stopping import PerSweep
+
+        stopping = {"scheduler": PerSweep(plan, store)}
     check_room(plan, [(id, need) for id, need in schedule.needs.items() if id not in schedule.finished], schedule.room.total)
     tuner = tune.Tuner(
         tune.with_resources(Trial, resources),
         tune_config=tune.TuneConfig(
             search_alg=schedule,
+            **stopping,
             num_samples=2 * len(schedule.waiting),  # each may be tried twice
             reuse_actors=True,
             metric=None,

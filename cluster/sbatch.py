@@ -98,10 +98,14 @@ def fill(template: str, **values: Any) -> str:
     return re.sub(r"\n{3,}", "\n\n", environment.get_template(template).render(values))
 
 
+def notice(args: argparse.Namespace) -> int:
+    """Seconds before the limit at which the job is asked to stop."""
+    least, most = NOTICE
+    return min(most, max(least, seconds(args.time) // 12)) if args.time else most // 2
+
+
 def directives(args: argparse.Namespace, name: str, log: Directive, cpus: int | None) -> list[tuple[Directive, Directive | None]]:
     """The #SBATCH lines. ``cpus``: cores per node, None for whole nodes."""
-    least, most = NOTICE
-    notice = min(most, max(least, seconds(args.time) // 12)) if args.time else most // 2
     found: dict[str, object] = {
         "job-name": name,
         "account": args.account,
@@ -113,7 +117,7 @@ def directives(args: argparse.Namespace, name: str, log: Directive, cpus: int | 
         "cpus-per-task": cpus,
         "mem": args.mem or (0 if cpus is None else None),  # 0: all that the node has
         "time": args.time,
-        "signal": f"B:USR1@{notice}",
+        "signal": f"B:USR1@{notice(args)}",
         "open-mode": "append",
         "output": log,
     }

@@ -1,5 +1,6 @@
 """Which chain of stages runs next, and where: a search algorithm for Ray Tune that follows the graph and fills the machines."""
 
+import logging
 import math
 import time
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from cluster.measure import write_missing_rows
 from cluster.plan import Chain, Node, Plan
 from cluster.room import Job, Need, Room
 from cluster.store import Stop, Store
+from cluster.tuning import Records
 from gr.files import write_json
 
 LOOK = 5.0
@@ -22,6 +24,7 @@ SHARES = (0.125, 0.25, 0.5)
 """Of a GPU."""
 DIED = "its trial died twice (killed, out of memory, or its machine is gone)"
 NO_ROOM = "no machine that is left in the cluster has room for it"
+logger = logging.getLogger(__name__)
 
 
 class Schedule(Searcher):  # type: ignore[misc]
@@ -58,6 +61,7 @@ class Schedule(Searcher):  # type: ignore[misc]
         self.died: dict[str, str | None] = {}
         """Chain -> the machine where its first trial died."""
         self.room, self.looked = Room(machines()), clock()
+        self.trials, self.records = {trial.nodes[-1]: trial for trial in plan.trials}, Records(store.folder)
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         if self.stop.asked:
@@ -92,6 +96,8 @@ class Schedule(Searcher):  # type: ignore[misc]
         self.jobs.pop(name, None)  # less of it may be left
         self.finished.update(node for node in chain.nodes if self.store.done(self.plan.nodes[node]))
         undone = next((node for node in chain.nodes if node not in self.finished), None)
+        if undone in self.trials and self.records.decided(undone, self.trials[undone].scheduler) is not None:
+            undone = None  # its sweep has no more use for it
         if undone is not None and not self.stop.asked and self.store.failure(self.plan.nodes[undone]) is None:
             (self.store.work(self.plan.nodes[undone]) / "process.json").unlink(missing_ok=True)
             if name in self.died:
@@ -100,7 +106,10 @@ class Schedule(Searcher):  # type: ignore[misc]
                 self.died[name] = machine
                 self.waiting.append(name)
                 self.waiting.sort(key=lambda name: self.length[name], reverse=True)
-        write_missing_rows(self.store, self.plan, [p for p in self.plan.points if p.nodes[-1] in self.finished])
+        try:
+            write_missing_rows(self.store, self.plan, [p for p in self.plan.points if p.nodes[-1] in self.finished])
+        except OSError as error:  # of a full disk; the run writes what is missing at its end, or says that it can't
+            logger.warning("a row of the metrics table could not be written: %s", error)
 
     def save(self, checkpoint_path: str) -> None:
         """Nothing: what is finished is on disk."""
@@ -140,6 +149,7 @@ class Schedule(Searcher):  # type: ignore[misc]
             "need": most._asdict(),
             "machine": machine,
             "module": self.module,
+            "trial": left[-1] if left[-1] in self.trials else None,
         }
 
     def _critical_paths(self) -> dict[str, float]:

@@ -23,6 +23,7 @@ import yaml
 
 from cluster.identity import LENGTH
 from cluster.plan import Node, Plan, Point
+from cluster.rates import SweepTrial
 from gr.errors import UserError
 from gr.files import read_json, write_json
 from jobs.artifact import read_manifest
@@ -149,6 +150,18 @@ class Store:
         path.write_text(yaml.safe_dump(document, sort_keys=False))
         return path
 
+    def check_links(self) -> None:
+        """UserError for a link in the folder, down to the files of a stage, that leads out of it: what is written or removed
+        there would be somebody else's."""
+        folders = [self.folder]
+        for depth in range(4):
+            entries = [entry for folder in folders if folder.is_dir() for entry in os.scandir(folder)]
+            for entry in entries:
+                if entry.is_symlink() and not Path(entry.path).resolve().is_relative_to(self.folder):
+                    raise UserError(f"{entry.path}: a link out of the study's folder; put what it links to in its place")
+            if depth < 3:
+                folders = [Path(entry.path) for entry in entries if entry.is_dir(follow_symlinks=False)]
+
     def prepare(self, plan: Plan, raw: dict[str, Any]) -> None:
         """Makes the folder, or takes up the one that is there; UserError when it holds another study.
 
@@ -208,6 +221,7 @@ class Store:
         """
         with self._usable():
             self.folder.mkdir(parents=True, exist_ok=True)
+            self.check_links()
             lock = (self.folder / ".lock").open("a+")
         with lock as file:
             if not _exclusive(file):
@@ -245,9 +259,18 @@ def open_store(folder: Path) -> tuple[Store, Plan]:
     try:
         plan.nodes = {node["id"]: Node(**node) for node in document["nodes"]}
         plan.points = [Point(**{**point, "nodes": tuple(point["nodes"])}) for point in document["points"]]
+        trials = document.get("trials", [])  # of a folder from before there were sweeps
+        plan.trials = [SweepTrial(**{**trial, "nodes": tuple(trial["nodes"])}) for trial in trials]
+        plan.pending = dict(document.get("pending", {}))
     except (KeyError, TypeError):
         raise _damaged(plan_file) from None
-    return Store(folder), plan
+    ids = [word for node in plan.nodes.values() for word in (node.id, node.stage)]
+    for name in [*ids, *(point.run_id for point in plan.points), *(trial.run_id for trial in plan.trials)]:
+        if "/" in str(name) or str(name).startswith("."):
+            raise UserError(f"{plan_file}: {name!r} is no name of a stage or a point; the folder can't be trusted")
+    store = Store(folder)
+    store.check_links()
+    return store, plan
 
 
 def _plan_document(file: Path) -> dict[str, Any]:

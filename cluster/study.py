@@ -9,8 +9,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, ValidationError, WrapValidator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    WrapValidator,
+    model_validator,
+)
 
+from cluster.tuning import Sweep
 from cluster.yaml_lines import Loc, apply_override, dotted, load
 from gr.data.planted import World
 from gr.errors import UserError
@@ -19,7 +30,6 @@ from jobs.config import (
     Architecture,
     Config,
     Launch,
-    LoraConfig,
     Method,
     Normalize,
     Optimizer,
@@ -34,6 +44,7 @@ from jobs.config import (
     Template,
     Tfidf,
     TransformerSize,
+    Tuning,
     Vocab,
     Which,
 )
@@ -88,6 +99,24 @@ class StudyOptimizer(Optimizer):
     lr_at_d_model: Positive | None = None
 
 
+def _number_or_sweep(value: Any) -> str:
+    return "sweep" if isinstance(value, dict | Sweep) else "number"
+
+
+class TunedOptimizer(StudyOptimizer):
+    """``lr`` may be a sweep, of whose rates each rung gets its own."""
+
+    lr: Annotated[  # type: ignore[assignment]
+        Annotated[float, Field(gt=0), Tag("number")] | Annotated[Sweep, Tag("sweep")], Discriminator(_number_or_sweep)
+    ]
+
+    @model_validator(mode="after")
+    def _one_rule(self) -> "TunedOptimizer":
+        if isinstance(self.lr, Sweep) and self.lr_at_d_model is not None:
+            raise ValueError("lr_at_d_model scales a stated lr, and this one is swept; give one of them")
+        return self
+
+
 class DatasetSpec(Config):
     """``planted``: a world to generate; ``path``: a folder that ``grscale data`` made."""
 
@@ -137,7 +166,7 @@ class SidTrain(Config):
     normalize: Normalize = "catalogue"
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
     max_history: Positive = 20
-    optimizer: StudyOptimizer
+    optimizer: TunedOptimizer
 
 
 class SidRung(T5Size):
@@ -170,16 +199,15 @@ class Pretrain(Config):
     vocab: Vocab = 4000
     max_tokens: Positive = 256
     normalize: Normalize = "catalogue"
-    optimizer: StudyOptimizer
+    optimizer: TunedOptimizer
 
 
-class LlmTrain(Config):
-    lora: LoraConfig
+class LlmTrain(Tuning):
     max_history: Positive = 20
     max_tokens: Positive = 512
     shared_titles: SharedTitles = "expand"
     normalize: Normalize = "catalogue"
-    optimizer: StudyOptimizer
+    optimizer: TunedOptimizer
 
 
 class LlmRung(Config):

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import yaml
 
-from cluster.sbatch import ROOT, check, checked, directives, fill, log_path
+from cluster.sbatch import ROOT, check, checked, directives, fill, log_path, notice
 from gr.errors import UserError, first_line
 from gr.files import read_json, write_json
 
@@ -71,9 +71,11 @@ def submit_study(args: argparse.Namespace) -> int:
     from cluster.plan import make_plan
     from cluster.store import Store
     from cluster.study import load_study
+    from cluster.tuning import Records
 
     loaded = load_study(args.study, args.set)
-    plan, store = make_plan(loaded), Store(args.out or Path("runs") / loaded.study.study)
+    store = Store(args.out or Path("runs") / loaded.study.study)
+    plan = make_plan(loaded, Records(store.folder))
     file = store.folder / "slurm" / ("array.sbatch" if args.array else "ray.sbatch")
     checked(store.folder)
     text = study_text(args, plan, store, file)
@@ -96,6 +98,8 @@ def submit_study(args: argparse.Namespace) -> int:
 
 def study_text(args: argparse.Namespace, plan: "Plan", store: "Store", file: Path) -> str:
     """The sbatch file of a study. UserError when its stages need more than the nodes are asked to have."""
+    if args.array and plan.pending:
+        raise UserError("submit slurm: --array runs points of known learning rates, and some wait for a sweep; leave --array out")
     gpus = max(node.gpus for node in plan.nodes.values())
     cpus = max(node.processes * node.threads for node in plan.nodes.values())
     if gpus and not args.gpus_per_node:
@@ -111,6 +115,7 @@ def study_text(args: argparse.Namespace, plan: "Plan", store: "Store", file: Pat
         "root": checked(ROOT),
         "python": checked(Path(sys.executable)),
         "chain": args.chain > 1,
+        "grace": notice(args) - 30,
     }
     if args.array:
         return fill("array.sbatch", **values, points=len(plan.points), file=file)
@@ -229,9 +234,11 @@ def submit_ray(args: argparse.Namespace) -> int:
     from cluster.plan import make_plan
     from cluster.store import Store
     from cluster.study import load_study
+    from cluster.tuning import Records
 
     loaded = load_study(args.study, args.set)
-    plan, store = make_plan(loaded), Store(args.out or Path("runs") / loaded.study.study)
+    store = Store(args.out or Path("runs") / loaded.study.study)
+    plan = make_plan(loaded, Records(store.folder))
     from ray.job_submission import JobSubmissionClient
 
     words = [sys.executable, "-m", "cluster.cli", "run", str(store.folder / "study.yaml"), "--out", str(store.folder)]

@@ -7,7 +7,15 @@ from pathlib import Path
 from string import Formatter
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 from gr.data.planted import World
 from gr.data.split import STREAMS
@@ -66,7 +74,7 @@ class Config(BaseModel):
 
 
 class Optimizer(Config):
-    """AdamW, linear warm-up, cosine decay to a tenth of ``lr``; the weights kept are those with the least validation loss."""
+    """AdamW, linear warm-up, decay to a tenth of ``lr``; the weights kept are those with the least validation loss."""
 
     steps: Positive
     global_batch: Annotated[int, Field(gt=0, multiple_of=STREAMS)] = 256
@@ -80,6 +88,17 @@ class Optimizer(Config):
     clip: Annotated[float, Field(gt=0)] = 1.0
     validations: Annotated[int, Field(ge=1)] = 5
     """How often the validation loss is measured, evenly over the run, the last time at its end."""
+    schedule: Literal["cosine", "wsd"] = "cosine"
+    """After the warm-up: a cosine over all steps, or ``lr`` unchanged and an exponential decay over the last tenth (warm-up,
+    stable, decay; Hu et al. 2024, arXiv 2404.06395, section 4)."""
+    patience: Positive | None = None
+    """End the run after this many validations in a row without a new least loss. The schedule stays that of all steps."""
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without the keys that came later where they have their defaults: identities from before them hold."""
+        found: dict[str, Any] = dump(self)
+        return {key: value for key, value in found.items() if (key, value) not in (("schedule", "cosine"), ("patience", None))}
 
 
 class PlantConfig(Config):
@@ -234,11 +253,29 @@ class LoraConfig(Config):
         return self
 
 
-class TrainLlmConfig(Config):
+class Tuning(Config):
+    """What of a backbone is trained, and from which weights.
+
+    ``tune``: adapters, all of it, or its output layer alone (with tied embeddings the table that both share). ``start``: the
+    weights as they come (pretrained, or fresh from the catalogue's text), or drawn anew: a control, of the same architecture and
+    tokenizer, for what those weights are worth.
+    """
+
+    tune: Literal["lora", "full", "head"] = "lora"
+    lora: LoraConfig | None = None
+    start: Literal["trained", "random"] = "trained"
+
+    @model_validator(mode="after")
+    def _lora_goes_with_tune(self) -> "Tuning":
+        if (self.tune == "lora") != (self.lora is not None):
+            raise ValueError("tune: lora needs lora" if self.lora is None else f"tune: {self.tune} has no use for lora")
+        return self
+
+
+class TrainLlmConfig(Tuning):
     """``model``: a hub name or local path, where the backbone is no stage of the study."""
 
     model: str | None = None
-    lora: LoraConfig
     max_history: Positive = 20
     max_tokens: Positive = 512
     shared_titles: SharedTitles = "expand"

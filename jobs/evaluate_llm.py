@@ -5,12 +5,11 @@ import torch
 from numpy.typing import NDArray
 
 from gr.data.split import Split
-from gr.llm.backbone import load_backbone
 from gr.llm.decode import rank_titles
-from gr.llm.lora import merged
 from gr.llm.sequences import prompts
 from gr.llm.titles import Titles, TitleTrie, training_popularity
 from gr.llm.tokenizer import frame_of
+from gr.llm.tuning import load_trained
 from gr.metrics import TOP_K
 from jobs.config import EvaluateLlmConfig, TrainLlmConfig
 from jobs.evaluation import evaluate
@@ -24,8 +23,9 @@ def body(context: Context[EvaluateLlmConfig]) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     split = Split(context.input("split"))
     trained = TrainLlmConfig.model_validate(context.trained_config())
-    backbone, tokenizer = load_backbone(backbone_source(context, trained.model), trained.max_tokens)
-    model = merged(backbone, context.input("model")).eval().to(device)
+    source = backbone_source(context, trained.model)
+    model, tokenizer = load_trained(source, context.input("model"), trained.tune, trained.max_tokens)
+    model = model.eval().to(device)
     titles = Titles.build(split.items(), tokenizer, frame_of(tokenizer), trained.shared_titles, training_popularity(split))
     trie = TitleTrie(titles, trained.normalize).to(device)
     flops, missing = 0.0, 0

@@ -26,6 +26,7 @@ from gr.errors import UserError
 from gr.files import read_object, whole_folder, write_json
 from jobs.artifact import read_manifest, write_manifest
 from jobs.config import DIVISIBLE, INPUTS, PARALLEL, STAGES, Config, Launch, Run
+from jobs.stop import EXIT, SIGNALS
 
 C = TypeVar("C", bound=Config)
 LOCK_SECONDS = 3.0
@@ -35,6 +36,8 @@ FULL = {
     errno.EDQUOT: "the quota is used up",
     errno.EFBIG: "a file would be larger than allowed",
 }
+LEAST_FREE = 4096
+"""Bytes: where no block is left, a library's error is taken for one of the full disk, whatever it says."""
 logger = logging.getLogger(__name__)
 
 
@@ -150,14 +153,18 @@ def read_run(path: Path) -> Run:
 
 
 def main(stage: str, body: Callable[[Context[Any]], None]) -> NoReturn:
-    """Runs ``body`` for the run.yaml named on the command line, and exits: 0 done, 2 the user's mistake, 1 failed."""
+    """Runs ``body`` for the run.yaml named on the command line, and exits: 0 done, 2 the user's mistake, 1 failed.
+
+    143 when it is asked to end by SIGTERM or SIGUSR1; while it trains, `jobs.trainer` catches them and saves first.
+    """
     work: Path | None = None  # known once it is this process's own to write in
+    for number in SIGNALS:  # so that what is half-written is removed
+        signal.signal(number, lambda *_: sys.exit(EXIT))
     try:
         if len(sys.argv) != 2:
             raise UserError(f"usage: python -m jobs.{stage} run.yaml")
         path = Path(sys.argv[1]).resolve()
         context = _read_context(stage, path)
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that what is half-written is removed
         if context.is_main:
             lock = _lock(context)  # noqa: F841 -- held as long as the process lives
             work = context.work
@@ -174,7 +181,7 @@ def main(stage: str, body: Callable[[Context[Any]], None]) -> NoReturn:
         fail(work, str(error), 1)
     except Exception as error:
         traceback.print_exc()
-        fail(work, _reason(error), 1)
+        fail(work, _reason(work, error), 1)
     sys.stdout.flush()
     sys.exit(0)
 
@@ -282,10 +289,18 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def _reason(error: Exception) -> str:
-    """One line; of a full disk one that says so, whichever library met it."""
+def no_room(folder: Path | None, error: Exception) -> str:
+    """Why nothing more can be written in ``folder``, whichever library met it; empty where that is not what happened."""
     said = [words for code, words in FULL.items() if getattr(error, "errno", None) == code or os.strerror(code) in str(error)]
-    return f"{said[0]}: {_one_line(error)}" if said else f"{type(error).__name__}: {_one_line(error)}"
+    if not said and folder is not None and folder.is_dir() and shutil.disk_usage(folder).free < LEAST_FREE:
+        said = [FULL[errno.ENOSPC]]
+    return said[0] if said else ""
+
+
+def _reason(work: Path | None, error: Exception) -> str:
+    """One line; of a full disk one that says so."""
+    full = no_room(work, error)
+    return f"{full}: {_one_line(error)}" if full else f"{type(error).__name__}: {_one_line(error)}"
 
 
 def fail(work: Path | None, reason: str, code: int) -> NoReturn:

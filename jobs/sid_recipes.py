@@ -106,9 +106,12 @@ def _decoder_only(config: TrainSidConfig, accelerator: Accelerator, split: Split
 
     def batches(step: int, accumulation: int) -> list[Micro]:
         packed = training_sequences(titles, [e.history for e in stream.batch(step)], config.max_history, longest)
+        packed.sort(key=lambda p: len(p.tokens))
+        groups = [packed[rows[0] : rows[-1] + 1] for rows in np.array_split(np.arange(len(packed)), LENGTH_GROUPS) if len(rows)]
         return [
             Micro(b.inputs, b.target_tokens / digits, b.tokens, train_flops(counts, b.tokens, len(b.targets), b.pairs))
-            for b in micro_batches(packed, 0, trie, sids.vocab, accumulation)
+            for group in groups
+            for b in micro_batches(group, 0, trie, sids.vocab, accumulation)
         ]
 
     users = list(split.evaluation_users("val", limit=VALIDATION_USERS))

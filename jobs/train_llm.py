@@ -1,5 +1,6 @@
-"""Trains one rung of LLM-as-RS: LoRA on a backbone, histories of titles in, the next title out."""
+"""Trains one rung of LLM-as-RS: adapters on a backbone, all of it, or its head; histories of titles in, the next title out."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -7,11 +8,11 @@ import torch
 from gr.data.split import Split
 from gr.data.stream import TrainStream
 from gr.errors import UserError
-from gr.llm.backbone import NextTitle, count, load_backbone, train_flops
-from gr.llm.lora import add_lora, count_lora, save_adapter
+from gr.llm.backbone import NextTitle, count, load_backbone
 from gr.llm.sequences import micro_batches, target_sequence, training_sequences
 from gr.llm.titles import Titles, TitleTrie
 from gr.llm.tokenizer import frame_of
+from gr.llm.tuning import made_trainable, randomised, save_trained, trained_facts, tuning_flops
 from jobs.config import TrainLlmConfig
 from jobs.pretrain_llm import mean_loss
 from jobs.runtime import Context, main
@@ -38,8 +39,11 @@ def body(context: Context[TrainLlmConfig]) -> None:
     trie = TitleTrie(titles, config.normalize)
     counts = count(backbone)
     torch.manual_seed(config.seed)
-    lm = add_lora(backbone, **config.lora.model_dump())
-    n_lora = count_lora(lm)
+    if config.start == "random":
+        backbone = randomised(backbone)
+    lm = made_trainable(backbone, config.tune, config.lora.model_dump() if config.lora else None)
+    sizes = trained_facts(lm, config.tune, counts)
+    flops = partial(tuning_flops, backbone, config.tune, counts, n_lora=sizes["n_lora"])
     model = NextTitle(lm, trie.trie if config.normalize == "catalogue" else None)
     stream = TrainStream(
         split,
@@ -56,7 +60,7 @@ def body(context: Context[TrainLlmConfig]) -> None:
         histories = [e.history for e in stream.batch(step)]
         packed = training_sequences(titles, histories, config.max_history, config.max_tokens)
         return [
-            Micro(b.inputs, b.target_tokens, b.tokens, train_flops(counts, b.tokens, len(b.targets), b.pairs, n_lora))
+            Micro(b.inputs, b.target_tokens, b.tokens, flops(b.tokens, len(b.targets), b.pairs))
             for b in micro_batches(packed, pad, trie, vocab, accumulation)
         ]
 
@@ -66,10 +70,8 @@ def body(context: Context[TrainLlmConfig]) -> None:
     context.facts.update(
         n_llm=counts.total,
         n_non_embedding=counts.blocks,
-        n_lora=n_lora,
-        lora_rank=lm.peft_config["default"].r,
-        lora_share=n_lora / counts.total,
-        init="fresh" if config.model is None else "pretrained",
+        **sizes,
+        init="random" if config.start == "random" else "fresh" if config.model is None else "pretrained",
         normalize=config.normalize,
         shared_titles_policy=config.shared_titles,
         units_per_epoch=stream.units,
@@ -86,7 +88,7 @@ def body(context: Context[TrainLlmConfig]) -> None:
         lambda module: mean_loss(module, validation, accelerator.device),
     )
     if context.is_main:
-        save_adapter(model.lm, context.out)
+        save_trained(model.lm, tokenizer, config.tune, context.out, with_backbone=config.start == "random")
 
 
 if __name__ == "__main__":

@@ -26,7 +26,8 @@ from jobs.watch import Watch
 
 M = TypeVar("M", bound=nn.Module)
 LOG_SECONDS = 1.0
-LEAST_LR = 0.1  # of the peak, at the end of the cosine
+LEAST_LR = 0.1  # of the peak, at the end of the schedule
+DECAY = 0.1  # the share of the steps in which `wsd` decays
 
 
 @dataclass
@@ -49,6 +50,7 @@ class Progress:
     """What a checkpoint keeps beside the weights. ``launches``: [first step, processes, zero, accumulation] of every start that
     differed from the one before; ``micro_batch``: rows of the largest micro-batch under the last of these."""
 
+    steps: int = 0
     best_loss: float | None = None
     best_step: int = 0
     tokens: int = 0
@@ -62,10 +64,14 @@ class Progress:
 
 
 def learning_rate(optimizer: Optimizer, step: int) -> float:
-    """Linear warm-up, then a cosine to `LEAST_LR` of the peak."""
+    """Linear warm-up, then a cosine to `LEAST_LR` of the peak; for `wsd` the peak itself, and an exponential decay in the last
+    `DECAY` of the steps."""
     warm = max(1, round(optimizer.warmup * optimizer.steps))
     if step < warm:
         return optimizer.lr * (step + 1) / warm
+    if optimizer.schedule == "wsd":
+        decay = max(1, round(DECAY * optimizer.steps))
+        return optimizer.lr * float(LEAST_LR ** max(0.0, (step - (optimizer.steps - decay)) / decay))
     done = (step - warm) / max(1, optimizer.steps - warm)
     return optimizer.lr * (LEAST_LR + (1 - LEAST_LR) * 0.5 * (1 + math.cos(math.pi * done)))
 
@@ -141,6 +147,10 @@ class _Trainer:
         watch = Watch(self.context, self.accumulation)
         logged = -math.inf
         for step in range(start, self.optimizer.steps):
+            if self._patience_is_over():  # before the step, so that a resumed run sees it too
+                self.context.log(event="stopped early", step=step, steps=self.optimizer.steps)
+                break
+            self.progress.steps = step + 1
             began = time.monotonic()
             with watch.during("step", step + 1):
                 mean, checkpoint_due, stop = self._step(step)
@@ -160,6 +170,10 @@ class _Trainer:
                 self.accelerator.wait_for_everyone()  # none may leave while the first one still writes
                 sys.exit(EXIT)
 
+    def _patience_is_over(self) -> bool:
+        patience, progress = self.optimizer.patience, self.progress
+        return patience is not None and sum(step > progress.best_step for step, _ in progress.validations) >= patience
+
     def _prepare(self) -> int:
         """Wraps model and optimiser, restored from the newest checkpoint; returns the number of steps done."""
         checkpoint = self.checkpoints.newest()
@@ -174,6 +188,7 @@ class _Trainer:
         )
         self.parallel = _share_out(self.context, self.accelerator, self.model, adam)
         start = checkpoint.step if checkpoint else 0
+        self.progress.steps = start
         if checkpoint:
             self.parallel.restore(checkpoint.moments(), start)
             self.context.log(event="resumed", step=start, steps=self.optimizer.steps, processes=self.accelerator.num_processes)
@@ -245,7 +260,8 @@ def _report(context: Context[Any], optimizer: Optimizer, trainer: _Trainer) -> N
     progress = trainer.progress
     peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak_memory()
     context.facts.update(
-        steps=optimizer.steps,
+        steps=progress.steps,
+        stopped_early=progress.steps < optimizer.steps,
         best_step=progress.best_step,
         loss_val=progress.best_loss,
         validations=progress.validations,

@@ -43,6 +43,14 @@ class User:
     timestamps: Sequence[int | None]
 
 
+def check_names(manifest: Path, entries: Iterable[Any]) -> None:
+    """UserError where an entry of the manifest is of a file that does not lie in the manifest's own folder."""
+    for entry in entries:
+        name = entry.get("file") if isinstance(entry, dict) else None
+        if not isinstance(name, str) or name in ("", ".", "..") or "/" in name or "\0" in name:
+            raise UserError(f"{manifest}: file {name!r} is no name of a file in this folder; the folder can't be trusted")
+
+
 class Dataset:
     """A dataset folder opened for reading."""
 
@@ -54,6 +62,7 @@ class Dataset:
         self.manifest = read_object(manifest)
         if self.manifest.get("schema") != SCHEMA_VERSION or "items" not in self.manifest:
             raise UserError(f"{manifest}: schema {self.manifest.get('schema')!r}, this version reads {SCHEMA_VERSION}")
+        check_names(manifest, [self.manifest["items"], *self.manifest.get("shards", [])])
 
     @property
     def fingerprint(self) -> str:

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from gr.data.dataset import SHARD_USERS, Dataset
+from gr.data.dataset import SHARD_USERS, Dataset, check_names
 from gr.errors import UserError, first_line
 from gr.files import check_file, read_object, sha256, write_json
 
@@ -295,6 +295,7 @@ class Split:
         self._checked: set[str] = set()
         if self.manifest.get("schema") != SCHEMA_VERSION or "protocol" not in self.manifest:
             raise UserError(f"{manifest}: not the manifest of a split with schema {SCHEMA_VERSION}")
+        check_names(manifest, [self.manifest.get("items", {"file": "items.parquet"}), *self.manifest.get("shards", [])])
 
     @property
     def counts(self) -> dict[str, int]:

@@ -65,12 +65,14 @@ def load_backbone(name_or_path: str | Path, max_tokens: int) -> tuple[Any, Any]:
         model, info = AutoModelForCausalLM.from_pretrained(
             name_or_path,
             trust_remote_code=False,
+            use_safetensors=True,  # a .bin is a pickle
             attn_implementation="sdpa",
             dtype="auto" if torch.cuda.is_available() else torch.float32,
             output_loading_info=True,
         )
     except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"{name} can't be loaded as a causal LM: {' '.join(str(error).split())}") from None
+        safe = "; weights are read from safetensors only" if "safetensors" in str(error) else ""
+        raise UserError(f"{name} can't be loaded as a causal LM: {' '.join(str(error).split())}{safe}") from None
     if lacking := sorted(info["missing_keys"]):
         raise UserError(f"{name} is no whole causal LM: {len(lacking)} weights are missing, such as {lacking[0]}")
     context = min((n for n in _limits(model.config.get_text_config()) if n), default=max_tokens)

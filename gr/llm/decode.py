@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers.cache_utils import Cache, DynamicLayer
 
-from gr.beam import beam_search
+from gr.beam import beam_search, length_groups
 from gr.llm.backbone import Counts, count, forward_flops, logits_at
 from gr.llm.titles import TitleTrie
 from gr.trie import Trie
@@ -151,6 +151,12 @@ def rank_titles(
     A title's score is the sum over its tokens, its end token included, normalised as ``trie`` says: the log-probability of the
     title, which no length correction distorts.
     """
-    stepper = TitleStepper(lm, prompts, trie.search)
-    ranked, scores = beam_search(stepper, trie.search, beams, normalize=trie.normalize == "catalogue")
-    return ranked.cpu().numpy(), scores.cpu().numpy(), stepper.flops
+    groups = length_groups(torch.tensor([len(p) for p in prompts], device=lm.get_input_embeddings().weight.device))
+    found, flops = [], 0.0
+    for rows in groups:
+        stepper = TitleStepper(lm, [prompts[i] for i in rows.tolist()], trie.search)
+        found.append(beam_search(stepper, trie.search, beams, normalize=trie.normalize == "catalogue"))
+        flops += stepper.flops
+    back = torch.cat(groups).argsort()
+    ranked, scores = (torch.cat(parts)[back].cpu().numpy() for parts in zip(*found, strict=True))
+    return ranked, scores, flops

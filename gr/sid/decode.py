@@ -2,28 +2,28 @@
 
 The decoder is run on the transformers model's own weights. Beams are query positions of one user, not rows of a batch, so
 cross-attention reads each user's keys once, whatever the number of beams; only the few positions of a beam's own prefix are kept
-per beam and reordered.
+per beam and reordered. The encoder runs on users of like length together: most histories are short, and padded to the longest
+of a batch more than half of its work would be on padding.
 """
 
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import T5ForConditionalGeneration
+
+from gr.beam import length_groups
 
 
 class T5Stepper:
-    """`gr.beam.Stepper` for a T5 model in eval mode; ``input_ids``, ``attention_mask``: (users, tokens)."""
+    """`gr.beam.Stepper` for a T5 model in eval mode; ``input_ids``, ``attention_mask``: (users, tokens), padded on the right."""
 
     def __init__(self, model: T5ForConditionalGeneration, input_ids: Tensor, attention_mask: Tensor) -> None:
         self.model, c = model, model.config
         self.heads, self.d_kv = c.num_heads, c.d_kv
-        hidden = model.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
         self.blocks = model.decoder.block
-        self.cross = [
-            tuple(self._split(projection(hidden)) for projection in (b.layer[1].EncDecAttention.k, b.layer[1].EncDecAttention.v))
-            for b in self.blocks
-        ]
+        self.cross = self._cross_keys(input_ids, attention_mask)
         self.mask = (attention_mask == 0)[:, None, None, :]
         self.past: list[tuple[Tensor, Tensor]] = []
         self.position = 0
@@ -37,6 +37,22 @@ class T5Stepper:
         users = torch.arange(len(parents), device=parents.device)[:, None]
         self.past = [(k[users, parents], v[users, parents]) for k, v in self.past]
         return self._step(tokens)
+
+    def _cross_keys(self, input_ids: Tensor, attention_mask: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Per decoder layer the keys and values (users, heads, tokens, d_kv) of the encoded histories, 0 at padding."""
+        lengths = attention_mask.sum(dim=1)
+        groups = length_groups(lengths)
+        projections = [p for b in self.blocks for p in (b.layer[1].EncDecAttention.k, b.layer[1].EncDecAttention.v)]
+        parts: list[list[Tensor]] = []
+        for users in groups:
+            longest = max(1, int(lengths[users].max()))
+            inputs = {"input_ids": input_ids[users, :longest], "attention_mask": attention_mask[users, :longest]}
+            hidden = self.model.encoder(**inputs).last_hidden_state
+            more = input_ids.shape[1] - longest
+            parts.append([pad(self._split(projection(hidden)), (0, 0, 0, more)) for projection in projections])
+        back = torch.cat(groups).argsort()
+        joined = [torch.cat(part)[back] for part in zip(*parts, strict=True)]
+        return list(zip(joined[::2], joined[1::2], strict=True))
 
     def _split(self, x: Tensor) -> Tensor:
         """(users, n, heads x d_kv) -> (users, heads, n, d_kv)."""

@@ -48,9 +48,16 @@ def load_encoder(name_or_path: str) -> tuple[PreTrainedModel, PreTrainedTokenize
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
-        model, info = AutoModel.from_pretrained(name_or_path, trust_remote_code=False, output_loading_info=True)
+        model, info = AutoModel.from_pretrained(
+            name_or_path,
+            trust_remote_code=False,
+            use_safetensors=True,  # a .bin is a pickle
+            output_loading_info=True,
+        )
     except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"model {name_or_path!r} can't be loaded as an encoder: {' '.join(str(error).split())}") from None
+        safe = "; weights are read from safetensors only" if "safetensors" in str(error) else ""
+        words = " ".join(str(error).split())
+        raise UserError(f"model {name_or_path!r} can't be loaded as an encoder: {words}{safe}") from None
     if lacking := sorted(name for name in info["missing_keys"] if not name.startswith("pooler.")):
         raise UserError(f"model {name_or_path!r} is no whole encoder: {len(lacking)} weights are missing, such as {lacking[0]}")
     if info["missing_keys"]:

@@ -38,8 +38,8 @@ def test_golden_study(study_file: Path) -> None:
         "train_sid": "0d035c1896ad9b42",
         "evaluate_sid": "8824e312e3128b73",
         "pretrain_llm": "560dc3fd17da337b",
-        "train_llm": "57acd760f4cfcab5",
-        "evaluate_llm": "56e63cdcdfec98e4",
+        "train_llm": "e737c6dd31bedfae",
+        "evaluate_llm": "7333a1b2c6b5b2f4",
         "baseline": "1b4ebb3812c06986",
     }
     assert set(first) == set(STAGES)

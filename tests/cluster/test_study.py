@@ -23,7 +23,7 @@ def refused(file: Path, old: str, new: str, *overrides: str) -> str:
 @pytest.mark.parametrize("file", sorted(BUILTIN.parent.glob("*.yaml")), ids=lambda p: p.name)
 def test_the_studies_that_come_along_are_valid(file: Path) -> None:
     study = load_study(file).study
-    assert study.sid and study.llm and len(study.sid.ladder) >= 3 and len(study.llm.ladder) >= 2
+    assert study.sid and study.cf
 
 
 CASES = [

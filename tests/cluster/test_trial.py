@@ -13,7 +13,9 @@ import psutil
 import pytest
 import yaml
 
-from cluster.trial import Group, command, environment, last_words
+from cluster.group import Group, grace, last_words
+from gr.errors import UserError
+from jobs.launcher import command, environment
 
 
 def write_run(folder: Path, stage: str, config: dict[str, Any], processes: int = 1) -> Path:
@@ -90,6 +92,53 @@ def test_stop_ends_the_whole_group_and_blames_nobody(tmp_path: Path) -> None:
     group.stop()
     assert not psutil.pid_exists(group.process.pid)
     assert not (tmp_path / "work" / "failure.json").exists() and not (tmp_path / "work" / "process.json").exists()
+
+
+@pytest.mark.usefixtures("fake_jobs")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_job_that_does_not_train_ends_at_once_and_leaves_nothing_half_written(tmp_path: Path, number: signal.Signals) -> None:
+    group = Group(write_run(tmp_path, "train_sid", {**TRAIN, "seed": 99}), "fakejobs", 0)
+    running(group)
+    assert list(tmp_path.glob(".artifact.*"))
+    group.process.send_signal(number)
+    assert group.process.wait(60) == 143
+    assert not list(tmp_path.glob("*artifact*")) and not (group.work / "failure.json").exists()
+
+
+STUBBORN = """
+import signal, sys, time
+from pathlib import Path
+signal.signal(signal.SIGTERM, lambda *_: (time.sleep(2), Path(sys.argv[1]).with_name("saved").touch(), sys.exit(143)))
+Path(sys.argv[1]).with_name("metrics.jsonl").touch()
+time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize(("seconds", "saved"), [("30", True), ("0.3", False)])
+def test_how_long_a_job_may_save_is_the_users_to_say(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: str, saved: bool
+) -> None:
+    package = tmp_path / "path" / "stubborn"
+    package.mkdir(parents=True)
+    (package / "quantize.py").write_text(STUBBORN)
+    monkeypatch.setenv("PYTHONPATH", str(package.parent))
+    monkeypatch.setenv("GRSCALE_GRACE_SECONDS", seconds)
+    group = Group(write_run(tmp_path, "quantize", {}), "stubborn", 0)
+    running(group)
+    group.stop()
+    assert (group.work / "saved").is_file() == saved and group.process.returncode == (143 if saved else -signal.SIGKILL)
+
+
+@pytest.mark.parametrize("text", ["soon", "-1", "inf", "nan"])
+def test_a_grace_that_is_no_number_is_named(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setenv("GRSCALE_GRACE_SECONDS", text)
+    with pytest.raises(UserError, match=f"GRSCALE_GRACE_SECONDS is '{text}'"):
+        grace()
+
+
+def test_tasks_of_a_slurm_array_load_no_ray() -> None:
+    words = "import sys, cluster.allocation; sys.exit('ray' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", words]).returncode == 0
 
 
 def test_two_processes_start_as_two_processes(tmp_path: Path) -> None:

@@ -7,8 +7,12 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from gr.beam import beam_search
+from gr.beam import beam_search, length_groups
+from gr.llm.decode import rank_titles
+from gr.llm.sequences import prompts
+from gr.llm.titles import TitleTrie
 from gr.sid.decode import T5Stepper
+from gr.sid.decoder_only import decoder_only, most_tokens, sid_titles
 from gr.sid.recommender import SidBatcher, SidLoss, t5, t5_flops
 from gr.sid.sids import SidTable, disambiguate
 from gr.trie import Trie
@@ -43,6 +47,36 @@ def test_every_item_is_ranked_by_its_own_log_probability(sids: SidTable, normali
         assert score[user].tolist() == pytest.approx([each[i] for i in leaf[user].tolist()], abs=2e-4)
         if normalize == "catalogue":
             assert score[user].exp().sum().item() == pytest.approx(1.0, abs=1e-4), "a distribution over the items"
+
+
+def test_users_are_ranked_alike_alone_and_among_others_of_all_lengths(sids: SidTable) -> None:
+    """Twenty users in an order of no length: encoded in groups of like length, and returned in their own order."""
+    rng = np.random.default_rng(3)
+    histories = [rng.integers(0, 40, n) for n in rng.permutation(np.arange(1, 21))]
+    torch.manual_seed(1)
+    model = t5(sids.vocab, layers=2, d_model=16, heads=3, d_kv=8, d_ff=32, dropout=0.0).eval()
+    lm = decoder_only(sids.vocab, layers=2, d_model=16, heads=3, d_kv=8, d_ff=32, dropout=0.0).eval()
+    for parameter in [*model.parameters(), *lm.parameters()]:  # far from uniform, so that mistakes show
+        parameter.data += 0.3 * torch.randn_like(parameter)
+    batcher, titles, trie = SidBatcher(sids, 20), sid_titles(sids), Trie.build(sids.tokens.tolist())
+    assert len(length_groups(torch.arange(20))) > 1
+
+    def by_t5(some: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        with torch.no_grad():
+            leaf, score = beam_search(T5Stepper(model, **batcher.encoder_inputs(some)), trie, beams=5)
+        return leaf.numpy(), score.numpy()
+
+    def by_decoder(some: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        search = TitleTrie(titles, "catalogue")
+        ranked, scores, _ = rank_titles(lm, search, prompts(titles, some, 20, most_tokens(sids, 20)), beams=5)
+        return ranked, scores
+
+    for rank in (by_t5, by_decoder):
+        together, scores = rank(histories)
+        for user, history in enumerate(histories):
+            alone, own = rank([history])
+            assert together[user].tolist() == alone[0].tolist()
+            assert scores[user] == pytest.approx(own[0], abs=1e-3)
 
 
 def test_flops_are_those_that_torch_counts() -> None:

@@ -53,7 +53,7 @@ def limited(path: Path, kind: int, limit: int) -> subprocess.CompletedProcess[st
     )
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.long), 2])
 def test_out_of_memory_halves_the_micro_batch_and_changes_nothing_else(
     jobs: Jobs,
     split: str,
@@ -81,6 +81,7 @@ def test_out_of_memory_halves_the_micro_batch_and_changes_nothing_else(
     assert not (short.work / "accumulation.json").exists()
 
 
+@pytest.mark.long
 def test_too_little_memory_for_one_row_is_said(jobs: Jobs, split: str, launch_sids: str) -> None:
     config = training(HUNGRY | {"d_ff": 400_000}, steps=1, global_batch=8, validations=1)
     path = write(jobs, "train_sid", "memory-none", config, {}, split=split, sids=launch_sids)

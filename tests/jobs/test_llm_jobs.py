@@ -67,6 +67,23 @@ def test_the_whole_chain_beats_popularity(jobs: Jobs, split: str, backbone: str)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("tune", "start"), [("full", "random"), ("head", "trained"), ("lora", "random")])
+def test_other_parts_of_a_backbone_are_trained_and_evaluated(
+    jobs: Jobs, split: str, backbone: str, tune: str, start: str
+) -> None:
+    config = training(steps=60) | {"tune": tune, "start": start}
+    if tune != "lora":
+        del config["lora"]
+    name = f"llm-{tune}-{start}"
+    trained = jobs.run("train_llm", name, config, split=split, backbone=backbone)
+    assert trained.facts["init"] == ("random" if start == "random" else "fresh") and trained.facts["tune"] == tune
+    assert (trained.facts["n_lora"] == 0) == (tune != "lora")
+    validations = [loss for _, loss in trained.facts["validations"]]
+    evaluated = jobs.run("evaluate_llm", f"{name}-evaluated", {"users": 60}, split=split, backbone=backbone, model=name)
+    assert evaluated.facts["evaluated_users"] == 60 and validations[-1] < validations[0]
+
+
+@pytest.mark.slow
 def test_facts_and_policies(jobs: Jobs, split: str, backbone: str, trained: str) -> None:
     facts = jobs.run("evaluate_llm", "expand", {"users": 50}, split=split, backbone=backbone, model=trained).facts
     assert facts["evaluated_users"] == 50 and facts["infer_flops_per_user"] > 0

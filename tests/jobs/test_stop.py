@@ -34,7 +34,7 @@ def test_once_asked_the_signals_stay_caught() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGTERM, marks=pytest.mark.long), signal.SIGUSR1])
 def test_a_stopped_training_loses_no_step_and_ends_like_an_undisturbed_one(
     jobs: Jobs, split: str, number: signal.Signals
 ) -> None:

@@ -62,6 +62,7 @@ def test_the_same_losses_and_weights_whichever_way(
     assert run.facts["train_tokens"] == one.facts["train_tokens"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("stage", ["pretrain_llm", "train_llm"])
 def test_the_llm_stages_too(jobs: Jobs, split: str, stage: str) -> None:
     size = {"layers": 1, "d_model": 256, "heads": 4, "d_ff": 512}
@@ -74,6 +75,7 @@ def test_the_llm_stages_too(jobs: Jobs, split: str, stage: str) -> None:
         alike(runs[0], run)
 
 
+@pytest.mark.long
 def test_bf16_is_autocast_in_every_way(jobs: Jobs, split: str, launch_sids: str) -> None:
     """DeepSpeed's own bf16 would train bf16 copies of the weights, whose first loss is another one already."""
     config, inputs = training(SPLIT_UP), {"split": split, "sids": launch_sids}

@@ -151,6 +151,7 @@ def test_any_path_reaches_bash_whole_or_is_refused(name: str) -> None:
         "root": f"/opt/{name}",
         "points": 3,
         "chain": False,
+        "grace": 30,
     }
     try:
         sbatch.checked(values["out"])

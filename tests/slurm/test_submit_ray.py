@@ -48,6 +48,7 @@ def _listens(port: int) -> bool:
         return one.connect_ex(("127.0.0.1", port)) == 0
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_study_runs_as_a_job_of_a_ray_cluster(dashboard: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     study, out = tmp_path / "study.yaml", tmp_path / "o u't"
