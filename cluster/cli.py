@@ -253,8 +253,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = _parser(words[0] if words else None).parse_args(words)
         return int(args.function(args))
     except UserError as error:
-        words = "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(error))  # a name may hold a terminal's commands
-        print(f"grscale: {words}", file=sys.stderr)
+        message = "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(error))  # a name may hold a terminal's commands
+        print(f"grscale: {message}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

@@ -100,6 +100,34 @@ def test_a_torn_or_damaged_artifact_is_not_taken_for_whole_and_is_replaced(
     assert not (fourth.folder / "artifacts" / "encode").exists()
 
 
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from cluster.remote import Mirror
+upload, files = Mirror._upload, []
+def killed(self, file):
+    if files:
+        os.kill(os.getpid(), signal.SIGKILL)
+    files.append(file)
+    upload(self, file)
+Mirror._upload = killed
+Mirror(sys.argv[1], Path(sys.argv[2])).push()
+"""
+
+
+def test_kill_9_in_the_middle_of_an_upload_is_made_good_by_the_next(url: str, tmp_path: Path) -> None:
+    first = Mirror(url, tmp_path / "one")
+    artifact(first.folder)
+    done = subprocess.run([sys.executable, "-c", KILLED, url, str(tmp_path / "one")], timeout=120)
+    assert done.returncode == -9
+    second = Mirror(url, tmp_path / "two")
+    second.pull()
+    assert not (second.folder / "artifacts").exists()
+    Mirror(url, tmp_path / "one").push()
+    second.pull()
+    assert (second.folder / "artifacts" / "encode" / "ab12" / "deep" / "x.bin").read_text() == "weights"
+
+
 @pytest.mark.parametrize("file", ["../../../../evil", "/evil", "a/../../evil"])
 def test_a_foreign_manifest_writes_nowhere_else(url: str, tmp_path: Path, file: str) -> None:
     first = Mirror(url, tmp_path / "one")
@@ -137,6 +165,7 @@ def grscale(where: Path, *words: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_a_second_machine_finds_a_study_done(url: str, tmp_path: Path, study_file: Path, fake_jobs: Path) -> None:
     words = ("run", str(study_file), "--out", url, "--set", "seeds=[0]")
     grscale(tmp_path / "one", *words)

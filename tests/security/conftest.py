@@ -1,0 +1,3 @@
+from tests.cluster.conftest import fake_jobs, study_file
+
+__all__ = ["fake_jobs", "study_file"]
