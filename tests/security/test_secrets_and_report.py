@@ -28,6 +28,7 @@ class Tags(HTMLParser):
         self.found.append((tag, [name for name, _ in attrs]))
 
 
+@pytest.mark.slow
 def test_no_secret_is_written_into_a_studys_folder(
     study_file: Path, tmp_path: Path, fake_jobs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
