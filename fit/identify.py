@@ -200,8 +200,15 @@ def _open(problem: Problem, i: int, low: float, high: float) -> bool:
 
 
 def reduced(problem: Problem, p: Floats, parts: Terms, open_: list[str]) -> str | None:
-    """The simpler law that the data do identify, in words such as ``ceiling in N_RS``; None where the law itself is."""
+    """The simpler law that the data do identify, in words such as ``ceiling in N_RS``; None where the law itself is.
+
+    A law that is more than powers and a constant (``log-linear``, ``hinge``, some formulas) has no shorter name, but for what
+    it is without.
+    """
     law = problem.law
+    if any(t.shape is not None for t in law.terms):
+        idle = [t.name for i, t in enumerate(law.terms) if t.name in parts.dead or (p[i] == 0 and t.name in parts.share)]
+        return f"the law without {', '.join(idle)}" if idle else None
     powers = [t for t in law.terms if t.log_shape is not None]
     alive = [t for t in powers if t.name not in parts.dead and p[law.params.index(t.name)] != 0]
     certain = [t for t in alive if t.name not in open_ or t.name in parts.straight]

@@ -175,3 +175,18 @@ def test_replicates_are_grouped_by_size_and_label():
     design = Design(np.array([1, 0, 1, 0, 1]), np.array([0, 5, 1, 5, 0]))
     assert [[sorted(rows) for rows in group] for group in design.groups] == [[[1, 3]], [[0, 4], [2]]]
     assert design.dof == 1
+
+
+def test_a_law_that_is_identified_has_no_simpler_one():
+    """Also where it is no power at all, or a formula of more than powers."""
+    N = np.repeat(np.geomspace(1e5, 1e8, 8), 3)
+    noise = 1e-4 * np.random.default_rng(0).normal(size=len(N))
+    line = {"N": N, "R": 0.002 * np.log2(N) + noise}
+    bent = {"N": N, "R": 0.002 * np.log2(np.minimum(N, 4e6)) + noise}
+    both = {"N": N, "R": 0.06 - 0.9 * N**-0.4 + 0.002 * np.log2(N) + noise}
+    columns = {"N": "N", "R": "R"}
+    for table, law in ((line, "log-linear"), (bent, "hinge"), (both, "R0 - A/N**a + g*log2(N)")):
+        result = fit_law(table, law, columns, loss="least-squares")
+        assert result.reduced is None, (law, result.reduced)
+    without = fit_law(line, "R0 - A/N**a + g*log2(N)", columns, loss="least-squares", fixed={"A": 0.0, "a": 0.4})
+    assert without.reduced == "the law without A"
