@@ -136,6 +136,10 @@ def test_olmo_ladder():
     assert (seven.steps, thirteen.steps) == (1, 2)
     assert seven.error == pytest.approx(-0.0198, abs=5e-5)
     assert thirteen.error == pytest.approx(-0.038348, abs=2e-5) and thirteen.predicted == pytest.approx(2.34439, abs=1e-5)
+    train = points["N"] < 2e9
+    small = {role: values[train] for role, values in points.items()}
+    fit = fit_law(small, "chinchilla", {role: role for role in names}, delta=1e-3)
+    assert fit.n == 16 and np.mean(np.abs(fit.predict(small).value / small["L"] - 1)) == pytest.approx(0.0024731, abs=5e-6)
     assert thirteen.distance > 1  # further beyond the ladder, in N and in D, than the ladder is long in N
 
 
