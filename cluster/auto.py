@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from cluster.study import Llm, LlmRung, Loaded, Sid, SidRung
+from cluster.spec import Llm, LlmRung, Sid, SidRung
+from cluster.study import Loaded
 from gr.errors import UserError
 from gr.llm.backbone import fresh_backbone
 from gr.llm.lora import per_rank

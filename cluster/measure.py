@@ -10,8 +10,8 @@ import pyarrow.parquet as pq
 
 from cluster.identity import canonical
 from cluster.plan import Node, Plan, Point
+from cluster.spec import METRICS
 from cluster.store import Store
-from cluster.study import METRICS
 from gr.metrics import RECALL_AT
 
 EXPECTED = [f"expected_recall@{k}" for k in RECALL_AT]

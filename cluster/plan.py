@@ -11,7 +11,8 @@ from typing import Any
 from cluster import tuning
 from cluster.identity import identity
 from cluster.rates import Rates, SweepTrial, resolve
-from cluster.study import EncoderSpec, LlmRung, Loaded, SidRung, Study
+from cluster.spec import EncoderSpec, LlmRung, SidRung, Study
+from cluster.study import Loaded
 from cluster.tuning import Records
 from gr.data.dataset import Dataset
 from gr.errors import UserError

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from cluster import tuning
-from cluster.study import LlmRung, SidRung, StudyOptimizer, TunedOptimizer
+from cluster.spec import LlmRung, SidRung, StudyOptimizer, TunedOptimizer
 from cluster.tuning import Choice, Records, Sweep
 
 R = TypeVar("R", SidRung, LlmRung)

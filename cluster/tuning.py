@@ -20,8 +20,9 @@ from jobs.config import Config
 if TYPE_CHECKING:
     from cluster.plan import Plan
     from cluster.rates import SweepTrial
+    from cluster.spec import TunedOptimizer
     from cluster.store import Store
-    from cluster.study import Loaded, TunedOptimizer
+    from cluster.study import Loaded
 
 SEED = 1000
 """Of every trial of every sweep."""

@@ -1,6 +1,8 @@
 """YAML with the line of every key, so that a mistake can be shown where it is."""
 
+import difflib
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -87,3 +89,9 @@ def apply_override(raw: dict[str, Any], override: str) -> Loc:
         else:
             at = at[part]
     return loc
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """``; did you mean X?`` for the known word that is most like it; empty where none is."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f"; did you mean {close[0]}?" if close else ""

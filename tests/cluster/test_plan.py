@@ -7,7 +7,8 @@ import pytest
 
 from cluster import plan as plans
 from cluster.plan import Node, Plan, Point, make_plan, nearest_point
-from cluster.study import Beams, EncoderSpec, Evaluate, FreshEncoder, LlmTrain, Pretrain, SidTrain, load_study
+from cluster.spec import Beams, EncoderSpec, Evaluate, FreshEncoder, LlmTrain, Pretrain, SidTrain
+from cluster.study import load_study
 from gr.data.dataset import DatasetWriter, Item, User
 from gr.errors import UserError
 from jobs.config import (

@@ -18,8 +18,9 @@ import yaml
 from cluster import run as runs
 from cluster.plan import Plan, make_plan
 from cluster.run import run_study
+from cluster.spec import Study
 from cluster.store import Store
-from cluster.study import Study, load_study
+from cluster.study import load_study
 from gr.errors import UserError
 from gr.files import write_json
 
@@ -28,7 +29,8 @@ import os
 import sys
 from pathlib import Path
 from cluster import run as runs
-from cluster.study import Study, load_study
+from cluster.spec import Study
+from cluster.study import load_study
 from gr.errors import UserError
 runs._report = lambda store, plan: print("report written")
 try:
