@@ -1,5 +1,6 @@
 """Trains one rung of LLM-as-RS: adapters on a backbone, all of it, or its head; histories of titles in, the next title out."""
 
+import os
 from functools import partial
 from typing import Any
 
@@ -34,6 +35,8 @@ def body(context: Context[TrainLlmConfig]) -> None:
     accelerator = accelerator_for(context, optimizer)
     split = Split(context.input("split"))
     backbone, tokenizer = load_backbone(backbone_source(context, config.model), config.max_tokens)
+    if config.model is None:  # or the adapter would name a folder of this machine
+        backbone.name_or_path = os.path.relpath(context.input("backbone").resolve(), context.out.resolve())
     titles = Titles.build(split.items(), tokenizer, frame_of(tokenizer), config.shared_titles)
     titles.check_fits(config.max_tokens)
     trie = TitleTrie(titles, config.normalize)

@@ -9,6 +9,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
 
 from gr.errors import UserError
+from gr.files import read_json, write_json
 from gr.llm.backbone import count
 
 
@@ -57,6 +58,10 @@ def count_lora(model: Any) -> int:
 def save_adapter(model: Any, folder: Path) -> None:
     """Writes the adapters alone, as a PEFT folder with safetensors."""
     model.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
+    (folder / "README.md").unlink()  # peft's form for a model card, not filled in
+    file = folder / "adapter_config.json"
+    config = read_json(file)
+    write_json(file, config | {"target_modules": sorted(config["target_modules"])})  # a set's order is another one in each process
 
 
 def merged(model: Any, folder: Path) -> Any:

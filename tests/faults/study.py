@@ -61,6 +61,8 @@ class Study:
         self.env: dict[str, str] = {}
         """For the drivers that are started, beside the environment of this process."""
         self.options: list[str] = []
+        self.joined = False
+        """Whether it runs on a Ray cluster that is not its own."""
 
     def start(self, *options: str, out: Path | None = None) -> "subprocess.Popen[bytes]":
         """`grscale run`, its output appended to ``log``; all its offspring inherit the mark by which `processes` finds them."""
@@ -73,13 +75,18 @@ class Study:
             return subprocess.Popen(words, cwd=ROOT, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
 
     def processes(self) -> list[psutil.Process]:
-        """Living processes of this study: those that inherited its mark, and on a joined cluster those that name its folder."""
+        """Living processes of this study: those that inherited its mark, and on a joined cluster those that name its folder.
+
+        A worker without work belongs to its raylet: one that lost its cluster's head ends itself, and them, a minute later.
+        """
         found = []
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
-                if process.status() == psutil.STATUS_ZOMBIE or process.pid == os.getpid():
+                words = process.cmdline()
+                idle = self.joined and words[:1] and words[0].strip() == "ray::IDLE"
+                if process.status() == psutil.STATUS_ZOMBIE or process.pid == os.getpid() or idle:
                     continue
-                named = any(word.startswith(f"{self.out}/") or word == str(self.out) for word in process.cmdline())
+                named = any(word.startswith(f"{self.out}/") or word == str(self.out) for word in words)
                 if named or process.environ().get(MARK) == str(self.out):
                     found.append(process)
         return found
