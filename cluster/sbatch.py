@@ -46,8 +46,10 @@ def check(args: argparse.Namespace) -> None:
         raise UserError(
             "submit slurm: --array: each point runs on one node, so --nodes has to be 1; leave --array out, or --nodes"
         )
-    if args.array and args.chain > 1:
+    if args.array and args.chain != 1:
         raise UserError("submit slurm: --array: its tasks go back into the queue by themselves; leave --chain out")
+    if args.chain is None and args.time is None:
+        raise UserError("submit slurm: --chain auto: give --time, the limit of each job")
     if args.time is not None and not seconds(args.time):
         raise UserError(f"submit slurm: --time: {args.time!r} is no time at all")
 

@@ -4,6 +4,7 @@ The study's folder keeps the file, the jobs' ids and their logs in `slurm/`.
 """
 
 import argparse
+import math
 import re
 import shlex
 import shutil
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import yaml
 
-from cluster.sbatch import ROOT, check, checked, directives, fill, log_path, notice
+from cluster.sbatch import ROOT, check, checked, directives, fill, log_path, notice, seconds
 from gr.errors import UserError, first_line
 from gr.files import read_json, write_json
 
@@ -29,6 +30,8 @@ OVER = frozenset({
     "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "BOOT_FAIL", "DEADLINE", "OUT_OF_MEMORY", "REVOKED",
 })  # fmt: skip
 """States of jobs that will not run again."""
+MOST_JOBS = 20
+"""Of a chain whose length is not given as a number."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,15 +51,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     ):
         one.add_argument(f"--{name}", metavar=name.upper(), help=meaning)
     one.add_argument("--array", action="store_true", help="no Ray: a job array of the study's points, one node each")
-    one.add_argument("--chain", type=int, default=1, metavar="K", help="K jobs, each going on where the one before was stopped")
+    words = "K jobs, each going on where the one before was stopped; auto: as many as the priced time needs, which is only as "
+    words += "good as the study's resources.flops_per_second"
+    one.add_argument("--chain", type=_jobs, default=1, metavar="K|auto", help=words)
     one.add_argument("--dry-run", action="store_true", help="print the sbatch file, and neither write nor submit anything")
     text = "a job of a running Ray cluster"
     two = kinds.add_parser("ray", help=text, description=text.capitalize() + ".")
     two.add_argument("study", type=Path, metavar="STUDY.yaml")
     two.add_argument("--address", required=True, metavar="URL", help="the cluster's dashboard, such as http://head:8265")
     for each in (one, two):
-        each.add_argument("--out", type=Path, metavar="DIR", help="the study's folder, on a file system that all nodes share")
+        each.add_argument("--out", type=_folder, metavar="DIR", help="the study's folder, on a file system that all nodes share")
         each.add_argument("--set", action="append", default=[], metavar="KEY.PATH=VALUE", help="override one key of the study")
+
+
+def _folder(text: str) -> Path:
+    """UserError for a URL, which a path would take for a folder of that name."""
+    if "://" in text:
+        raise UserError("submit: --out: the machines of a cluster share a path, not a URL; give a folder that all of them see")
+    return Path(text)
+
+
+def _jobs(text: str) -> int | None:
+    """Of a chain; None for ``auto``."""
+    try:
+        return None if text == "auto" else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number of jobs nor auto") from None
 
 
 def run(args: argparse.Namespace) -> int:
@@ -76,6 +96,9 @@ def submit_study(args: argparse.Namespace) -> int:
     loaded = load_study(args.study, args.set)
     store = Store(args.out or Path("runs") / loaded.study.study)
     plan = make_plan(loaded, Records(store.folder))
+    if args.chain is None:
+        args.chain, why = chain_length(args, make_plan(loaded, Records(store.folder), priced=True), store)
+        print(why, file=sys.stderr)
     file = store.folder / "slurm" / ("array.sbatch" if args.array else "ray.sbatch")
     checked(store.folder)
     text = study_text(args, plan, store, file)
@@ -122,6 +145,38 @@ def study_text(args: argparse.Namespace, plan: "Plan", store: "Store", file: Pat
     return fill("ray.sbatch", **values)
 
 
+def chain_length(args: argparse.Namespace, plan: "Plan", store: "Store") -> tuple[int, str]:
+    """How many jobs of ``--time`` the priced rest of a study needs, and why; UserError above `MOST_JOBS`.
+
+    The time is the longer of two lower bounds: the work of all devices over those of the allocation (of whole nodes of unknown
+    cores: the widest stage's), and the longest path of stages that wait for each other. A job's time: its limit less the notice.
+    """
+    from cluster.price import price
+    from cluster.progress import duration
+
+    left = {entry["id"]: entry["price"] for entry in price(plan, store)["nodes"] if not entry["price"]["done"]}
+    on_gpus = args.gpus_per_node > 0 and any(p["gpus"] for p in left.values())
+    widths = {id: p["gpus"] if on_gpus else p["processes"] * p["threads"] for id, p in left.items()}
+    slots = args.nodes * ((args.gpus_per_node if on_gpus else args.cpus_per_node) or max(widths.values(), default=1))
+    path: dict[str, float] = {}
+    for id, node in plan.nodes.items():  # each comes after its inputs
+        own = left[id]["seconds"] if id in left else 0.0
+        path[id] = own + max((path.get(source, 0.0) for source in node.inputs.values()), default=0.0)
+    work = sum(left[id]["seconds"] * widths[id] for id in left) / slots
+    needed = max(work, *path.values()) if path else 0.0
+    each = seconds(args.time) - notice(args)
+    if each <= 0:
+        raise UserError(
+            f"submit slurm: --chain auto: --time {args.time} leaves nothing before the notice of {notice(args)} s; give more"
+        )
+    jobs = max(1, math.ceil(needed / each))
+    on = f"{slots} {'GPU' if on_gpus else 'core'}{'s' if slots > 1 else ''}"
+    why = f"priced at {duration(needed)} on {on}, {duration(each)} per job: {jobs} job{'s' if jobs > 1 else ''}"
+    if jobs > MOST_JOBS:
+        raise UserError(f"submit slurm: --chain auto: {why}, over {MOST_JOBS}; give more --nodes or --time, or --chain {jobs}")
+    return jobs, why
+
+
 def _read_job(path: Path) -> "Run | None":
     """The run.yaml at ``path``; None when it is a study."""
     try:
@@ -142,6 +197,8 @@ def submit_job(args: argparse.Namespace, job: "Run") -> int:
     processes, gpus = job.launch.processes, args.gpus_per_node
     if args.set or args.array:
         raise UserError(f"submit slurm: {args.study} is one stage's run.yaml; --set and --array are for studies")
+    if args.chain is None:
+        raise UserError(f"submit slurm: {args.study} is one stage's run.yaml; --chain auto is for studies, give --chain a number")
     if processes % args.nodes or (gpus and processes != args.nodes * gpus):
         on = f"{args.nodes} nodes" + (f" of {gpus} GPUs" if gpus else "")
         raise UserError(f"{args.study}: launch.processes is {processes}; it has to fit {on}, one process per device")

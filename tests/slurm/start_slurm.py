@@ -47,6 +47,8 @@ AccountingStorageType=accounting_storage/none
 SwitchType=switch/none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
 SchedulerParameters=batch_sched_delay=0,sched_interval=2
 SlurmdParameters=config_overrides
 ReturnToService=2
@@ -56,7 +58,9 @@ JobRequeue=1
 GresTypes=gpu
 NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={n1} CPUs=4 Gres=gpu:2
 NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={n2} CPUs=4 Gres=gpu:2
-PartitionName=main Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP OverSubscribe=NO
+PartitionName=main Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP OverSubscribe=NO PriorityTier=1 PreemptMode=OFF
+PartitionName=low Nodes=n1,n2 MaxTime=INFINITE State=UP OverSubscribe=NO PriorityTier=1 PreemptMode=REQUEUE GraceTime=60
+PartitionName=high Nodes=n1,n2 MaxTime=INFINITE State=UP OverSubscribe=NO PriorityTier=2 PreemptMode=OFF
 """
 
 
@@ -106,7 +110,7 @@ class Slurm:
             for name, daemon in self.daemons.items():
                 if daemon.poll() is not None:
                     raise AssertionError(f"{name} ended: {(self.folder / f'{name}.out').read_text()[-2000:]}")
-            return self("sinfo", "-h", "-N", "-o", "%T", check=False).split() == ["idle"] * len(NODES)
+            return self("sinfo", "-h", "-N", "-p", "main", "-o", "%T", check=False).split() == ["idle"] * len(NODES)
 
         _until(ready, "two idle nodes")
 

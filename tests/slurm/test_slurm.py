@@ -104,6 +104,21 @@ def test_an_array_needs_no_ray_and_ends_with_the_report(
     assert len(list((out / "slurm").glob("*.log"))) == 5
 
 
+def test_a_task_of_an_array_that_is_stopped_goes_back_into_the_queue_and_the_rest_waits_for_it(
+    slurm: Slurm, tmp_path: Path, capsys: pytest.CaptureFixture[str], undisturbed: list[dict[str, object]]
+) -> None:
+    study, out = tmp_path / "study.yaml", tmp_path / "out"
+    study.write_text(STUDY)
+    shared, points, report = submit(capsys, str(study), "--array", "--cpus-per-node", "1", "--time", "10", "--out", str(out))
+    until(lambda: list(out.glob("work/*/log.txt")), "a stage runs", 120)
+    slurm("scancel", "--batch", "--signal=USR1", f"{shared}_0")
+    release(slurm, f"{shared}_0")
+    assert "back into the queue" in log(out) and slurm.state(points) == "PENDING"
+    assert not processes_of(out)
+    ended(slurm, report, out)
+    assert "restarts: 1" in log(out) and rows(out) == undisturbed
+
+
 @pytest.fixture(scope="module")
 def training(tmp_path_factory: pytest.TempPathFactory) -> "Training":
     return Training(tmp_path_factory.mktemp("training"))
@@ -193,6 +208,26 @@ def test_usr1_saves_and_the_requeued_job_ends_with_the_same_weights(
     assert "restarts: 1" in log(work) and not processes_of(path)
 
 
+def test_a_second_job_preempts_it_and_it_ends_with_the_same_weights(
+    slurm: Slurm, training: Training, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In the grace time the step alone gets TERM: the training saves, and the shell finds out why it ended."""
+    path = training.write("outranked")
+    [job] = submit(capsys, str(path), "--nodes", "2", "--time", "30", "--partition", "low")
+    work = training.folder / "outranked" / "work"
+    training.wait_until_it_trains(path)
+    urgent = ["sbatch", "--parsable", "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 1"]
+    second = slurm(*urgent).strip()
+    until(lambda: slurm.state(second) == "COMPLETED", "the second job had the nodes", 120)
+    release(slurm, job)
+    stopped = [event for event in training.events(path) if event.get("event") == "stopped"]
+    assert len(stopped) == 1, log(work)
+    ended(slurm, job, work)
+    resumed = [event for event in training.events(path) if event.get("event") == "resumed"]
+    assert [event["step"] for event in resumed] == [stopped[0]["step"]], log(work)
+    assert training.weights(path) == training.weights(training.undisturbed)
+
+
 def test_a_node_dies_and_the_job_goes_on_when_there_is_another(
     slurm: Slurm, training: Training, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -263,3 +298,21 @@ def test_a_study_is_stopped_requeued_and_cancelled_and_another_job_ends_it(
     *_, last = submit(capsys, str(study), "--array", "--cpus-per-node", "1", "--out", str(out))
     ended(slurm, last, out)
     assert rows(out) == undisturbed
+
+
+def test_a_second_job_preempts_a_study_and_it_goes_on_to_its_report(
+    slurm: Slurm, tmp_path: Path, capsys: pytest.CaptureFixture[str], undisturbed: list[dict[str, object]]
+) -> None:
+    """In the grace time all of Ray gets TERM, and the driver that lost it ends: the shell finds out why."""
+    study, out = tmp_path / "study.yaml", tmp_path / "out"
+    study.write_text(STUDY)
+    words = [str(study), "--nodes", "2", "--cpus-per-node", "2", "--time", "10", "--partition", "low", "--out", str(out)]
+    [job] = submit(capsys, *words)
+    until(lambda: list(out.glob("work/*/log.txt")), "a stage runs", 120)
+    urgent = ["sbatch", "--parsable", "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 1"]
+    second = slurm(*urgent).strip()
+    until(lambda: slurm.state(second) == "COMPLETED", "the second job had the nodes", 120)
+    assert not processes_of(out) and not leftovers(job)
+    release(slurm, job)
+    ended(slurm, job, out)
+    assert "restarts: 1" in log(out) and rows(out) == undisturbed and (out / "report" / "index.html").is_file()

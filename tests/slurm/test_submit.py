@@ -1,5 +1,6 @@
 """The sbatch files as text: what a user gives can neither run nor break them. No Slurm is needed."""
 
+import math
 import re
 import signal
 import subprocess
@@ -14,6 +15,8 @@ from hypothesis import strategies as st
 
 from cluster import allocation, cli, sbatch, submit
 from cluster.plan import make_plan
+from cluster.price import price
+from cluster.store import Store
 from cluster.study import load_study
 from gr.errors import UserError
 from tests.cluster.conftest import LLM, STUDY
@@ -111,6 +114,12 @@ def test_a_hostile_option_is_refused(study_file: Path, capsys: pytest.CaptureFix
         (["--chain", "0"], "--chain: 0 is less than 1"),
         (["--array", "--nodes", "2"], "each point runs on one node"),
         (["--array", "--chain", "2"], "leave --chain out"),
+        (["--array", "--chain", "auto"], "leave --chain out"),
+        (["--chain", "auto"], "--chain auto: give --time"),
+        (["--chain", "many"], "'many' is neither a number of jobs nor auto"),
+        (["--time", "1", "--chain", "auto"], "leaves nothing before the notice of 60 s"),
+        (["--time", "2", "--chain", "auto", "--set", "resources.flops_per_second=1e4"], "over 20; give more --nodes or --time"),
+        (["--out", "s3://bucket/study"], "share a path, not a URL"),
         (["--time", "0:00"], "'0:00' is no time at all"),
         (["--cpus-per-node", "1"], "--cpus-per-node is 1, but a stage needs 4"),
         (["--set", "resources.gpus_per_process=1"], "up to 2 GPUs; give --gpus-per-node"),
@@ -123,6 +132,33 @@ def test_mistakes_are_named(study_file: Path, capsys: pytest.CaptureFixture[str]
     assert cli.main(["submit", "slurm", str(study_file), *words, "--dry-run"]) == 2
     error = capsys.readouterr().err
     assert said in error and len(error.splitlines()) == 1
+
+
+@pytest.mark.parametrize("words", [["slurm"], ["ray", "--address", "http://127.0.0.1:1"]])
+def test_a_url_is_refused_and_nothing_is_written(
+    study_file: Path, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["submit", *words, str(study_file), "--out", "s3://bucket/study"]) == 2
+    error = capsys.readouterr().err
+    assert "share a path, not a URL" in error and len(error.splitlines()) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["study.yaml"]
+
+
+def test_chain_auto_counts_the_jobs_that_the_priced_time_needs(study_file: Path, tmp_path: Path) -> None:
+    """The longest path bounds it below: more nodes help only until there."""
+    plan, store = make_plan(load_study(study_file), priced=True), Store(tmp_path / "out")
+    prices = {entry["id"]: entry["price"] for entry in price(plan, store)["nodes"]}
+    work = sum(p["seconds"] * p["processes"] * p["threads"] for p in prices.values())
+    longest = max(sum(prices[node.id]["seconds"] for node in plan.upstream(point)) for point in plan.points)
+
+    def jobs(nodes: int, limit: str) -> int:
+        options = parsed("slurm", "x", "--chain", "auto", "--time", limit, "--nodes", str(nodes), "--cpus-per-node", "1")
+        return submit.chain_length(options, plan, store)[0]
+
+    each = 66 - 60  # --time 1:06, less the notice
+    assert jobs(1, "1:06") == math.ceil(max(work, longest) / each) > jobs(2, "1:06") >= 1
+    assert jobs(1000, "1:06") <= math.ceil(longest / each) and jobs(1, "24:00:00") == 1
 
 
 def test_without_sbatch_it_says_so_and_writes_nothing(
@@ -240,21 +276,28 @@ end "$code"
 
 
 @pytest.mark.parametrize(
-    ("code", "signum", "chain", "expected"),
+    ("code", "signum", "chain", "preempted", "expected"),
     [
-        (0, None, False, (0, "")),
-        (7, None, False, (7, "")),
-        (130, signal.SIGUSR1, False, (-9, "requeue 12\n")),
-        (130, signal.SIGUSR1, True, (130, "")),  # the next of the chain goes on
-        (0, signal.SIGUSR1, False, (0, "")),  # it was just done
-        (7, signal.SIGTERM, False, (7, "")),  # scancel: nothing goes back into the queue
+        (0, None, False, "None", (0, "")),
+        (7, None, False, "None", (7, "")),
+        (130, signal.SIGUSR1, False, "None", (-9, "requeue 12\n")),
+        (130, signal.SIGUSR1, True, "None", (130, "")),  # the next of the chain goes on
+        (0, signal.SIGUSR1, False, "None", (0, "")),  # it was just done
+        (7, signal.SIGTERM, False, "None", (7, "")),  # scancel: nothing goes back into the queue
+        (7, signal.SIGTERM, False, "2026-01-01T00:00:00", (7, "")),  # scancel in the grace time
+        (1, None, False, "2026-01-01T00:00:00", (-9, "requeue 12\n")),  # its step was told, and saved
+        (1, None, True, "2026-01-01T00:00:00", (1, "")),
     ],
 )
 def test_the_shell_passes_on_the_exit_code_and_requeues_only_what_was_stopped_unfinished(
-    tmp_path: Path, code: int, signum: signal.Signals | None, chain: bool, expected: tuple[int, str]
+    tmp_path: Path, code: int, signum: signal.Signals | None, chain: bool, preempted: str, expected: tuple[int, str]
 ) -> None:
     asked = tmp_path / "asked"
-    (tmp_path / "scontrol").write_text(f'#!/bin/bash\necho "$@" >{asked}\nkill -KILL $PPID\n')
+    (tmp_path / "scontrol").write_text(
+        "#!/bin/bash\n"
+        f'if [ "$1" = show ]; then echo " PreemptEligibleTime=2026-01-01T00:00:00 PreemptTime={preempted}"; exit; fi\n'
+        f'echo "$@" >{asked}\nkill -KILL $PPID\n'
+    )
     (tmp_path / "scontrol").chmod(0o755)
     end = "1" if signum in (None, signal.SIGTERM) else "60"
     script = sbatch.fill("work.sh", chain=chain) + WORK.replace("CODE", str(code)).replace("END", end).replace(
