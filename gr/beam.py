@@ -4,6 +4,9 @@ Scores are sums of the model's own log-probabilities over its whole vocabulary, 
 trie allows (for a model that was trained so). A sequence that has ended keeps its place with its score, and as a score only
 falls when a sequence grows, an unfinished beam never overtakes unjustly. With as many beams as sequences the result is the exact
 ranking of all of them.
+
+Ranked by the mean per token instead, a beam that is not at its end counts with the tokens that it has. Its mean may rise yet, so
+that a narrow search may lose a title by it; with as many beams as sequences it is exact all the same.
 """
 
 from typing import Protocol
@@ -43,10 +46,13 @@ class Stepper(Protocol):
 
 
 @torch.no_grad()
-def beam_search(stepper: Stepper, trie: Trie, beams: int, normalize: bool = False) -> tuple[Tensor, Tensor]:
-    """Returns the (users, beams) best sequences' numbers and log-probabilities, best first; -1 and -inf where there are fewer.
+def beam_search(
+    stepper: Stepper, trie: Trie, beams: int, normalize: bool = False, lengths: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Returns the (users, beams) best sequences' numbers and scores, best first; -1 and -inf where there are fewer.
 
-    ``normalize``: probabilities over the allowed tokens rather than the vocabulary.
+    ``normalize``: probabilities over the allowed tokens rather than the vocabulary. ``lengths``: (sequences,) tokens by whose
+    number a sequence's log-probability is divided; not given, it is the score itself.
     Equal scores are ordered by the beams before them, then by token, so the result does not depend on the batch.
     """
     logp = stepper.start()[:, None, :]
@@ -54,7 +60,7 @@ def beam_search(stepper: Stepper, trie: Trie, beams: int, normalize: bool = Fals
     node = torch.zeros(users, 1, dtype=torch.int64, device=logp.device)
     score = torch.zeros(users, 1, dtype=logp.dtype, device=logp.device)
     for depth in range(trie.depth):
-        parents, tokens, node, score = _extend(trie, depth, node, score, logp, beams, normalize)
+        parents, tokens, node, score, key = _extend(trie, depth, node, score, logp, beams, normalize, lengths)
         if depth + 1 < trie.depth:
             if bool(((trie.leaf[node] >= 0) | score.isinf()).all()):
                 break
@@ -63,16 +69,24 @@ def beam_search(stepper: Stepper, trie: Trie, beams: int, normalize: bool = Fals
     missing = beams - leaf.shape[1]
     if missing > 0:
         leaf = torch.nn.functional.pad(leaf, (0, missing), value=-1)
-        score = torch.nn.functional.pad(score, (0, missing), value=float("-inf"))
-    return leaf, score
+        key = torch.nn.functional.pad(key, (0, missing), value=float("-inf"))
+    return leaf, key
 
 
 def _extend(
-    trie: Trie, depth: int, node: Tensor, score: Tensor, logp: Tensor, beams: int, normalize: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    trie: Trie,
+    depth: int,
+    node: Tensor,
+    score: Tensor,
+    logp: Tensor,
+    beams: int,
+    normalize: bool,
+    lengths: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """One level down: the best ``beams`` of all children of the present nodes and of the sequences that have ended.
 
-    ``node``, ``score``: (users, b); ``logp``: (users, b, vocab). Returns (users, b') parents, tokens, nodes and scores.
+    ``node``, ``score``: (users, b); ``logp``: (users, b, vocab). Returns (users, b') parents, tokens, nodes, log-probabilities
+    and what ranks them.
     """
     users = len(node)
     token, child, exists = trie.children(node, depth)
@@ -85,14 +99,23 @@ def _extend(
     ended = trie.leaf[node] >= 0
     total[..., 0] = torch.where(ended, score, total[..., 0])
     child[..., 0] = torch.where(ended, node, child[..., 0])
-    flat = total.reshape(users, -1)
-    best, index = _top(flat, min(beams, flat.shape[1]))
+    flat, nodes = total.reshape(users, -1), child.reshape(users, -1)
+    best, index = _top(_ranking(trie, depth, flat, nodes, lengths), min(beams, flat.shape[1]))
     return (
         index // token.shape[2],
         token.reshape(users, -1).gather(1, index),
-        child.reshape(users, -1).gather(1, index),
+        nodes.gather(1, index),
+        flat.gather(1, index),
         best,
     )
+
+
+def _ranking(trie: Trie, depth: int, total: Tensor, node: Tensor, lengths: Tensor | None) -> Tensor:
+    """What ranks sequences with log-probabilities ``total`` that stand at ``node``, (users, n) each."""
+    if lengths is None:
+        return total
+    leaf = trie.leaf[node]
+    return total / torch.where(leaf >= 0, lengths[leaf.clamp(min=0)], depth + 1)
 
 
 def _top(flat: Tensor, keep: int) -> tuple[Tensor, Tensor]:

@@ -3,14 +3,21 @@
 One metric code for every paradigm: a recommender returns a ranked list of items per user, `target_ranks` finds the target in it,
 `ranking_metrics` averages over users. With one relevant item per user Recall@k is the hit rate at k and the ideal DCG is 1, so
 NDCG@k = 1/log2(1 + rank) for a hit within k (Järvelin and Kekäläinen 2002, with binary gains).
+
+A target is *cold* when the training part has at most `COLD_AT` interactions with it.
 """
 
 import numpy as np
 from numpy.typing import NDArray
 
+from gr.data.split import Split, flat_lists
+
 RECALL_AT = (1, 5, 10, 20)
 NDCG_AT = (5, 10, 20)
 TOP_K = 20
+COLD_AT = 5
+COLD = ("recall@10", "ndcg@10")
+"""What is reported of users with a cold target, as ``recall@10_cold`` and so on."""
 
 
 def target_ranks(ranked: NDArray[np.integer], targets: NDArray[np.integer]) -> NDArray[np.int32]:
@@ -32,3 +39,27 @@ def ranking_metrics(ranks: NDArray[np.integer]) -> dict[str, float]:
     gain = np.zeros(ranks.shape)
     gain[found] = 1.0 / np.log2(1.0 + ranks[found])
     return metrics | {f"ndcg@{k}": float(np.mean(np.where(ranks <= k, gain, 0.0))) for k in NDCG_AT}
+
+
+def cold_metrics(ranks: NDArray[np.integer], popularity: NDArray[np.integer]) -> dict[str, float]:
+    """The metrics of `COLD` over the users with a cold target, and their number ``users_cold``; without one, the number alone.
+
+    ``ranks``: (users,) as in `ranking_metrics`; ``popularity``: (users,) training interactions of each user's target.
+    """
+    cold = ranks[popularity <= COLD_AT]
+    found: dict[str, float] = {"users_cold": cold.size}
+    if cold.size:
+        metrics = ranking_metrics(cold)
+        found |= {f"{name}_cold": metrics[name] for name in COLD}
+    return found
+
+
+def training_popularity(split: Split) -> NDArray[np.int64]:
+    """(items,) interactions in the training part."""
+    popularity = np.zeros(split.n_items, dtype=np.int64)
+    for users in split.users(["items", "n_train"]):
+        offsets, items = flat_lists(users["items"])
+        position = np.arange(len(items)) - np.repeat(offsets[:-1], np.diff(offsets))
+        seen = position < np.repeat(users["n_train"].to_numpy(), np.diff(offsets))
+        popularity += np.bincount(items[seen], minlength=split.n_items)
+    return popularity

@@ -5,8 +5,12 @@ from typing import Literal
 Normalize = Literal["vocabulary", "catalogue"]
 """What a token's probabilities sum to one over: all tokens, or those that continue the prefix to an existing item."""
 
-SharedTitles = Literal["merge", "expand"]
-"""What a title that several items have stands for: one item, or all of them in turn (`gr.llm.titles`)."""
+Length = Literal["sum", "mean"]
+"""What ranks sequences of different lengths: the sum of their tokens' log-probabilities, or its mean per token."""
+
+SharedTitles = Literal["merge", "expand", "disambiguate"]
+"""What a title that several items have stands for: one item, or all of them in turn; or each gets a title of its own
+(`gr.llm.titles`)."""
 
 Gradient = Literal["straight-through", "rotation"]
 """How the gradient of an RQ-VAE's decoder reaches its encoder through the codes (`gr.sid.rqvae`)."""

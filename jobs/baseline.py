@@ -11,7 +11,7 @@ from gr.data.split import Split
 from gr.errors import UserError
 from gr.metrics import TOP_K
 from jobs.config import BaselineConfig
-from jobs.evaluation import evaluate
+from jobs.evaluation import Ranked, evaluate
 from jobs.prepare import dataset_folder
 from jobs.runtime import Context, main, peak_memory
 
@@ -35,7 +35,7 @@ def body(context: Context[BaselineConfig]) -> None:
         context.facts["n_cf"] = baseline.n_cf
     context.facts["device"] = "cpu"
     context.facts["train_seconds"] = round(time.monotonic() - began, 3)
-    evaluate(context, split, config.which, config.users, 512, lambda histories: rank(histories, TOP_K))
+    evaluate(context, split, config.which, config.users, 512, lambda histories: Ranked(rank(histories, TOP_K)))
     context.facts["peak_memory_bytes"] = peak_memory()
 
 

@@ -11,18 +11,17 @@ from gr.beam import beam_search
 from gr.data.split import Split
 from gr.llm.decode import rank_titles
 from gr.llm.sequences import prompts
-from gr.llm.titles import TitleTrie, training_popularity
-from gr.metrics import ranking_metrics
+from gr.llm.titles import TitleTrie
+from gr.metrics import ranking_metrics, training_popularity
 from gr.sid.decode import T5Stepper
 from gr.sid.decoder_only import load_decoder_only, most_tokens, sid_titles
 from gr.sid.recommender import SidBatcher, load_t5, t5_flops
 from gr.sid.sids import SidTable
 from gr.trie import Trie
 from jobs.config import EvaluateSidConfig, TrainSidConfig
-from jobs.evaluation import evaluate
+from jobs.evaluation import Histories, Ranked, device, evaluate
 from jobs.runtime import Context, main
 
-Histories = list[NDArray[np.int32]]
 Ranker = Callable[[Histories], tuple[NDArray[np.int32], float]]
 """Histories to (users, beams) numbers of SIDs, best first and -1 where there are fewer, and the FLOPs spent."""
 
@@ -30,7 +29,6 @@ Ranker = Callable[[Histories], tuple[NDArray[np.int32], float]]
 def body(context: Context[EvaluateSidConfig]) -> None:
     config = context.config
     torch.set_num_threads(context.run.launch.threads)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     split = Split(context.input("split"))
     sids = SidTable.read(context.input_file("sids", "sids.parquet"))
     if sids.shared:
@@ -38,28 +36,24 @@ def body(context: Context[EvaluateSidConfig]) -> None:
         context.facts.update(sids.tie_facts())
     trained = TrainSidConfig.model_validate(context.trained_config())
     make = _decoder_only if trained.architecture == "decoder-only" else _encoder_decoder
-    ranker = make(context, trained, sids, device)
-    flops, missing = 0.0, 0
+    ranker = make(context, trained, sids, device())
     ranked = np.empty((0, config.beams), dtype=np.int32)
-    code_ranks: list[NDArray[np.int32]] = []
 
-    def rank(histories: Histories) -> NDArray[np.int32]:
-        nonlocal flops, missing, ranked
+    def rank(histories: Histories) -> Ranked:
+        nonlocal ranked
         ranked, spent = ranker(histories)
-        flops += spent
-        missing += int((ranked < 0).sum())
-        return sids.ranked_items(ranked, config.beams)
+        return Ranked(sids.ranked_items(ranked, config.beams), spent, int((ranked < 0).sum()))
 
-    def observe(targets: NDArray[np.int64]) -> None:
-        code_ranks.append(sids.code_ranks(ranked, targets))
+    def observe(targets: NDArray[np.int64]) -> dict[str, NDArray[np.int32]]:
+        return {"code_rank": sids.code_ranks(ranked, targets)}
 
-    evaluate(context, split, config.which, config.users, config.batch, rank, observe=observe)
-    of_codes = ranking_metrics(np.concatenate(code_ranks))
-    users = context.facts["evaluated_users"]
+    done = evaluate(context, split, config.which, config.users, config.batch, rank, observe=observe)
+    if done is None:
+        return
+    of_codes = ranking_metrics(done.table["code_rank"].to_numpy())
     context.facts.update(
         beams=config.beams,
-        invalid_beams=missing / (config.beams * users),
-        infer_flops_per_user=flops / users,
+        invalid_beams=done.missing / (config.beams * done.table.num_rows),
         # A hit is the right codes, whichever item of theirs: what is called recall where no digit tells items apart.
         **{f"sid_{name}": value for name, value in of_codes.items()},
     )

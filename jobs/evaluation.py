@@ -1,21 +1,61 @@
-"""The one evaluation loop of every paradigm: the same users, the same metric code, a per-user table of ranks."""
+"""The one evaluation of every paradigm: the same users, the same metric code, a per-user table of ranks.
 
+Users are streamed in chunks that depend on neither the number of processes nor on what a killed run had done. A chunk's ranks are
+a file of the work folder that comes whole, by a rename: processes take chunks in turn, a run that is started again begins at the
+first that is missing, and the result is the same to the bit. Only the first process waits for the others and writes the result;
+its launcher ends all where one fails.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
 import time
-from collections.abc import Callable
-from typing import Any, Literal
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from gr.data.split import Split
+from gr.data.split import EvaluationUser, Split
 from gr.errors import UserError
-from gr.metrics import ranking_metrics, target_ranks
+from gr.metrics import cold_metrics, ranking_metrics, target_ranks, training_popularity
 from jobs.runtime import Context
 
-Rank = Callable[[list[NDArray[np.int32]]], NDArray[np.int32]]
+CHUNK = 4
+"""Batches in a chunk: what a killed process does again at most. In it users are taken in order of the length of their history, so
+that a batch holds little padding."""
 LOG_SECONDS = 1.0
+NUMBERS = b"grscale"
+"""Key of a chunk's own numbers in the metadata of its file."""
+Histories = list[NDArray[np.int32]]
+logger = logging.getLogger(__name__)
+
+
+class Ranked(NamedTuple):
+    """``items``: (users, k), best first, -1 where fewer than k; ``flops`` spent on all of them; ``missing``: beams that found
+    nothing."""
+
+    items: NDArray[np.int32]
+    flops: float = 0.0
+    missing: int = 0
+
+
+Rank = Callable[[Histories], Ranked]
+Observe = Callable[[NDArray[np.int64]], dict[str, NDArray[np.int32]]]
+
+
+class Evaluated(NamedTuple):
+    """``table``: user, target, rank and what was observed of each user, by user; ``flops`` and ``missing`` over all users."""
+
+    table: pa.Table
+    flops: float
+    missing: int
 
 
 def evaluate(
@@ -26,44 +66,147 @@ def evaluate(
     batch: int,
     rank: Rank,
     stand_in: Callable[[int], int] = lambda item: item,
-    observe: Callable[[NDArray[np.int64]], None] | None = None,
-) -> None:
-    """Ranks every user's items and writes hits.parquet and the metrics into the facts.
+    observe: Observe | None = None,
+) -> Evaluated | None:
+    """Ranks every user's items and writes hits.parquet and the metrics into the facts; None on all processes but the first.
 
-    ``rank(histories)``: (users, k) item numbers, best first, -1 where fewer than k. ``stand_in(item)``: the item that a hit
-    on ``item`` is looked for as, where the ranking has one item for several. ``observe(targets)`` is called after each batch with
-    its (users,) targets, for what else a job measures. Users are taken in order of the length of their history, so that a batch
-    holds little padding.
+    ``stand_in(item)``: the item that a hit on ``item`` is looked for as, where the ranking has one item for several.
+    ``observe(targets)`` is called after each batch with its (users,) targets, for more numbers per user.
     """
-    began = logged = time.monotonic()
-    rows = list(split.evaluation_users(which, limit=users))
-    if not rows:
+    total = split.counts[f"{which}_users"]
+    total = total if users is None else min(users, total)
+    if not total:
         raise UserError(f"{split.path}: no user has a {which} item under this protocol")
-    rows.sort(key=lambda r: len(r.history))
-    ranks = []
+    processes = context.run.launch.processes
+    folder = _folder(context)
+    files = [folder / f"{number:06d}.parquet" for number in range(-(-total // (CHUNK * batch)))]
+    before = [_readable(file) for file in files]
+    old = [table for file, table in zip(files, before, strict=True) if table is not None and _time(file) < context.started]
+    if resumed := sum(table.num_rows for table in old):  # without what another process of this run has done already
+        context.log(event="resumed", done=resumed, of=total)
+    chunks = _chunks(split.evaluation_users(which, limit=users), CHUNK * batch)
+    log = _Progress(context, files, CHUNK * batch, total)
+    for number, rows in enumerate(chunks):
+        if number % processes == context.rank and before[number] is None:
+            _save(files[number], _ranked(rows, batch, rank, stand_in, observe, log), context.rank)
+    if not context.is_main:
+        return None
+    tables = [_waited_for(file) for file in files]
+    numbers = [json.loads(table.schema.metadata[NUMBERS]) for table in tables]
+    table = pa.concat_tables(tables).replace_schema_metadata(None).sort_by("user")
+    pq.write_table(table.select(["user", "target", "rank"]), context.out / "hits.parquet")
+    busy = [sum(n["seconds"] for n in numbers if n["process"] == process) for process in {n["process"] for n in numbers}]
+    flops = sum(n["flops"] for n in numbers)
+    ranks = table["rank"].to_numpy()
+    context.facts.update(
+        ranking_metrics(ranks),
+        **cold_metrics(ranks, training_popularity(split)[table["target"].to_numpy()]),
+        evaluated_users=total,
+        resumed_users=resumed,
+        eval_seconds=round(max(busy), 3),
+        users_per_second=total / max(busy),
+    )
+    if flops:
+        context.facts["infer_flops_per_user"] = flops / total
+    return Evaluated(table, flops, sum(n["missing"] for n in numbers))
+
+
+def device() -> str:
+    """This process's own GPU, or the CPU."""
+    import torch  # here, for the baselines do without
+
+    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+
+
+def _chunks(users: Iterator[EvaluationUser], size: int) -> Iterator[list[EvaluationUser]]:
+    while rows := list(islice(users, size)):
+        yield sorted(rows, key=lambda r: len(r.history))
+
+
+def _ranked(
+    rows: list[EvaluationUser],
+    batch: int,
+    rank: Rank,
+    stand_in: Callable[[int], int],
+    observe: Observe | None,
+    log: "_Progress",
+) -> pa.Table:
+    """A chunk's table; its metadata has the seconds, the FLOPs and the beams that found nothing."""
+    began = time.monotonic()
+    parts: list[dict[str, NDArray[Any]]] = []
+    flops, missing = 0.0, 0
     for start in range(0, len(rows), batch):
         some = rows[start : start + batch]
         ranked = rank([r.history for r in some])
-        ranks.append(target_ranks(ranked, np.array([stand_in(r.target) for r in some])))
-        if observe is not None:
-            observe(np.array([r.target for r in some], dtype=np.int64))
-        if time.monotonic() - logged > LOG_SECONDS:
-            context.log(done=start + len(some), of=len(rows))
-            logged = time.monotonic()
-    seconds = time.monotonic() - began
-    every = np.concatenate(ranks)
-    table = pa.table(
-        {
-            "user": pa.array([r.user for r in rows], pa.int64()),
-            "target": pa.array([r.target for r in rows], pa.int32()),
-            "rank": pa.array(every, pa.int32()),
-        }
-    )
-    pq.write_table(table.sort_by("user"), context.out / "hits.parquet")
-    metrics = ranking_metrics(every)
-    context.facts.update(
-        metrics,
-        evaluated_users=len(rows),
-        eval_seconds=round(seconds, 3),
-        users_per_second=len(rows) / seconds,
-    )
+        flops, missing = flops + ranked.flops, missing + ranked.missing
+        targets = np.array([r.target for r in some], dtype=np.int64)
+        found = target_ranks(ranked.items, np.array([stand_in(r.target) for r in some]))
+        users = np.array([r.user for r in some], dtype=np.int64)
+        own: dict[str, NDArray[Any]] = {"user": users, "target": targets.astype(np.int32), "rank": found.astype(np.int32)}
+        parts.append(own | (observe(targets) if observe is not None else {}))
+        log(start + len(some))
+    table = pa.table({name: np.concatenate([part[name] for part in parts]) for name in parts[0]})
+    numbers = {"seconds": time.monotonic() - began, "flops": flops, "missing": missing}
+    return table.replace_schema_metadata({NUMBERS: json.dumps(numbers)})
+
+
+class _Progress:
+    """Logs, every `LOG_SECONDS`, how many users all processes have done."""
+
+    def __init__(self, context: Context[Any], files: list[Path], size: int, total: int) -> None:
+        self.context, self.files, self.size, self.total = context, files, size, total
+        self.logged = time.monotonic()
+
+    def __call__(self, in_chunk: int) -> None:
+        if self.context.is_main and time.monotonic() - self.logged > LOG_SECONDS:
+            finished = sum(file.is_file() for file in self.files)
+            self.context.log(done=min(self.total, finished * self.size + in_chunk), of=self.total)
+            self.logged = time.monotonic()
+
+
+def _folder(context: Context[Any]) -> Path:
+    """Where this run's chunks lie, and those of no other configuration; removed when the artifact is in place.
+
+    The launch is no part of it: a run may be gone on with by another number of processes.
+    """
+    signature = {key: value for key, value in context.signature().items() if key != "launch"}
+    signature["precision"] = context.run.launch.precision
+    name = "evaluated-" + hashlib.sha256(json.dumps(signature, sort_keys=True).encode()).hexdigest()[:16]
+    place = context.work / "checkpoint"
+    if context.is_main and place.is_dir():
+        for other in place.iterdir():
+            if other.name != name:
+                shutil.rmtree(other)
+    (place / name).mkdir(parents=True, exist_ok=True)
+    return place / name
+
+
+def _save(file: Path, table: pa.Table, process: int) -> None:
+    numbers = json.loads(table.schema.metadata[NUMBERS]) | {"process": process}
+    aside = file.with_name(f".{file.name}.{os.getpid()}")
+    pq.write_table(table.replace_schema_metadata({NUMBERS: json.dumps(numbers)}), aside, write_page_checksum=True)
+    aside.replace(file)
+
+
+def _readable(file: Path) -> pa.Table | None:
+    """A chunk's table; None where there is none, or it is damaged and has to be done again."""
+    try:
+        table = pq.read_table(file, page_checksum_verification=True)
+        json.loads(table.schema.metadata[NUMBERS])
+        return table
+    except FileNotFoundError:
+        return None
+    except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
+        logger.warning("%s: %s; its users are evaluated again", file, " ".join(str(error).split()))
+        file.unlink()
+        return None
+
+
+def _time(file: Path) -> float:
+    return file.stat().st_mtime
+
+
+def _waited_for(file: Path) -> pa.Table:
+    while not file.is_file():
+        time.sleep(0.1)
+    return pq.read_table(file)

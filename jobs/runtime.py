@@ -56,6 +56,7 @@ class Context(Generic[C]):
         """The finished artifact's place; while the body runs, the folder aside that will become it."""
         self.facts: dict[str, Any] = {}
         self.rank = int(os.environ.get("RANK", "0"))
+        self.started = time.time()
 
     @property
     def is_main(self) -> bool:
@@ -239,7 +240,6 @@ def _lock(context: Context[Any]) -> TextIO:
 
 
 def _run_body(context: Context[Any], body: Callable[[Context[Any]], None]) -> None:
-    started = time.time()
     if not context.is_main:
         body(context)  # only the first process writes: the others compute beside it
         return
@@ -258,7 +258,7 @@ def _run_body(context: Context[Any], body: Callable[[Context[Any]], None]) -> No
             config=context.config.model_dump(mode="json"),
             inputs=context.signature()["inputs"],
             launch=run.launch.model_dump(),
-            started=started,
+            started=context.started,
             facts=context.facts,
         )
     shutil.rmtree(context.work / "checkpoint", ignore_errors=True)  # the artifact is in place: nothing reads them any more

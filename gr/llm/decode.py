@@ -2,7 +2,8 @@
 
 All beams of a user share one row of the key-value cache: the prompt's slots, then one slot per beam and step. A beam's token
 attends to the prompt and to its own ancestors' slots, told by a mask (tree attention, as in SpecInfer, arXiv 2305.09781). Beams
-that branch or die change the mask's rows alone: the cache is never copied per beam nor reordered.
+that branch or die change the mask's rows alone: the cache is never copied per beam nor reordered. Slots that no living
+beam descends from are taken out when they have become a quarter.
 """
 
 from collections.abc import Sequence
@@ -18,7 +19,11 @@ from transformers.cache_utils import Cache, DynamicLayer
 from gr.beam import beam_search, length_groups
 from gr.llm.backbone import Counts, count, forward_flops, logits_at
 from gr.llm.titles import TitleTrie
+from gr.terms import Length
 from gr.trie import Trie
+
+SPARSE = 0.75
+"""Where less than this share of the cache's users or slots is needed, dropping the others pays for copying what is left."""
 
 
 class _GrowingLayer(DynamicLayer):  # type: ignore[misc]
@@ -45,6 +50,14 @@ class _GrowingLayer(DynamicLayer):  # type: ignore[misc]
     def keep_rows(self, rows: Tensor) -> None:
         self._room = [room[rows] for room in self._room]
         self.keys, self.values = (room[:, :, : self._filled] for room in self._room)
+
+    def keep_slots(self, slots: Tensor) -> None:
+        """``slots``: (rows, kept) of each row."""
+        heads, size = self._room[0].shape[1], self._room[0].shape[3]
+        index = slots[:, None, :, None].expand(-1, heads, -1, size)
+        self._room = [room.gather(2, index) for room in self._room]
+        self._filled = slots.shape[1]
+        self.keys, self.values = self._room
 
 
 class TitleStepper:
@@ -88,7 +101,7 @@ class TitleStepper:
         running = self._walk(parents, tokens)
         self.place = self.place.gather(1, parents)
         stay = running.any(dim=1)[self.live]
-        if int(stay.sum()) < 0.75 * len(self.live):  # dropping the others pays for copying what is left
+        if int(stay.sum()) < SPARSE * len(self.live):
             self._keep(stay.nonzero()[:, 0])
         # The running beams of each live user first, as many as the user with the most has; the rest of a row is filler.
         active = running[self.live]
@@ -116,7 +129,7 @@ class TitleStepper:
         live, rows = tokens.shape
         own = torch.eye(rows, dtype=torch.bool, device=self.device).expand(live, rows, rows)
         ancestors = self.seen.gather(1, parents[..., None].expand(-1, -1, self.seen.shape[2]))
-        self.seen = torch.cat([ancestors, own], dim=2)
+        self.seen = torch.cat([self._compacted(ancestors), own], dim=2)
         dtype = self.lm.get_input_embeddings().weight.dtype
         mask = torch.zeros(self.seen.shape, dtype=dtype, device=self.device)
         mask.masked_fill_(~self.seen, torch.finfo(dtype).min)
@@ -131,6 +144,17 @@ class TitleStepper:
         self.flops += forward_flops(self.counts, int(real.sum()), int(real.sum()), float(self.seen[real].sum()))
         return _log_softmax(logits)
 
+    def _compacted(self, seen: Tensor) -> Tensor:
+        """``seen`` (live, rows, slots), of which the cache is left without slots that no row sees, where that pays."""
+        used = seen.any(dim=1)
+        kept = int(used.sum(dim=1).max())
+        if kept >= SPARSE * used.shape[1]:
+            return seen
+        slots = used.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :kept]
+        for layer in self.cache.layers:
+            layer.keep_slots(slots)
+        return seen.gather(2, slots[:, None, :].expand(-1, seen.shape[1], -1))
+
     def _keep(self, rows: Tensor) -> None:
         self.live, self.lengths, self.seen = self.live[rows], self.lengths[rows], self.seen[rows]
         for layer in self.cache.layers:
@@ -144,18 +168,20 @@ def _log_softmax(logits: Tensor) -> Tensor:
 
 @torch.no_grad()
 def rank_titles(
-    lm: Any, trie: TitleTrie, prompts: Sequence[NDArray[np.int64]], beams: int
+    lm: Any, trie: TitleTrie, prompts: Sequence[NDArray[np.int64]], beams: int, length: Length = "sum"
 ) -> tuple[NDArray[np.int64], NDArray[np.float32], float]:
-    """The (users, beams) best titles of each prompt by beam search, their log-probabilities, and the FLOPs.
+    """The (users, beams) best titles of each prompt by beam search, their scores, and the FLOPs.
 
-    A title's score is the sum over its tokens, its end token included, normalised as ``trie`` says: the log-probability of the
-    title, which no length correction distorts.
+    A title's score is the ``length`` over its tokens, its end token included, of their log-probabilities, normalised as ``trie``
+    says. The sum is the log-probability of the title, which no correction distorts; over the catalogue the mean also counts the
+    tokens that are certain.
     """
     groups = length_groups(torch.tensor([len(p) for p in prompts], device=lm.get_input_embeddings().weight.device))
     found, flops = [], 0.0
     for rows in groups:
         stepper = TitleStepper(lm, [prompts[i] for i in rows.tolist()], trie.search)
-        found.append(beam_search(stepper, trie.search, beams, normalize=trie.normalize == "catalogue"))
+        lengths = trie.lengths if length == "mean" else None
+        found.append(beam_search(stepper, trie.search, beams, trie.normalize == "catalogue", lengths))
         flops += stepper.flops
     back = torch.cat(groups).argsort()
     ranked, scores = (torch.cat(parts)[back].cpu().numpy() for parts in zip(*found, strict=True))

@@ -4,18 +4,21 @@ Several items may share a title, some have none, and a title cut to `MAX_TITLE_T
 Policies for shared titles:
 - ``expand``: a generated title stands for all its items, the most bought in training first, then by item number: the ranking is
   one of items, as everywhere else;
-- ``merge``: items that share a title are one: the ranking is one of titles, and the target is found with its title.
+- ``merge``: items that share a title are one: the ranking is one of titles, and the target is found with its title;
+- ``disambiguate``: each gets a title of its own, in training and decoding: the shared one with those of its attributes behind it
+  that not all of the others have, ``red lamp (Acme)``, or where these don't tell, a number, ``red lamp #2``.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import torch
 from numpy.typing import NDArray
 
-from gr.data.split import Split, flat_lists
 from gr.errors import UserError
 from gr.llm.tokenizer import Frame, encode_titles
 from gr.terms import Normalize, SharedTitles
@@ -70,23 +73,27 @@ class Titles:
         texts, empty = title_texts(items)
         encoded = encode_titles(tokenizer, texts, frame.end)
         truncated = sum(len(e) > max_title_tokens for e in encoded)
-        number: dict[bytes, int] = {}
-        distinct: list[Ints] = []
-        of_item = np.empty(len(texts), dtype=np.int64)
-        for i, ids in enumerate(encoded):
-            ids = ids[:max_title_tokens]
-            of_item[i] = number.setdefault(ids.tobytes(), len(distinct))
-            if of_item[i] == len(distinct):
-                distinct.append(np.append(ids, frame.end))
-        members = _members(of_item, len(distinct), np.zeros(len(texts), np.int64) if popularity is None else popularity)
-        sharing = np.bincount(of_item)
+        encoded = [ids[:max_title_tokens] for ids in encoded]
+        sharing = np.array(list(Counter(ids.tobytes() for ids in encoded).values()))
         counts = {
             "shared_titles": int((sharing > 1).sum()),
             "items_with_shared_title": int(sharing[sharing > 1].sum()),
             "empty_titles": empty,
             "truncated_titles": truncated,
-            "distinct_titles": len(distinct),
         }
+        if policy == "disambiguate":
+            encoded, counts["numbered_titles"] = _told_apart(
+                encoded, items["attributes"].to_pylist(), tokenizer, frame.end, max_title_tokens
+            )
+        number: dict[bytes, int] = {}
+        distinct: list[Ints] = []
+        of_item = np.empty(len(texts), dtype=np.int64)
+        for i, ids in enumerate(encoded):
+            of_item[i] = number.setdefault(ids.tobytes(), len(distinct))
+            if of_item[i] == len(distinct):
+                distinct.append(np.append(ids, frame.end))
+        counts["distinct_titles"] = len(distinct)
+        members = _members(of_item, len(distinct), np.zeros(len(texts), np.int64) if popularity is None else popularity)
         offsets = np.concatenate([[0], np.cumsum([len(d) for d in distinct])])
         return cls(frame, np.concatenate(distinct), offsets, of_item, members, policy, counts)
 
@@ -130,11 +137,12 @@ class TitleTrie:
     ``node``: (tokens,) for each of `Titles.tokens` the node whose children it is chosen from; ``branches``: (tokens,) whether
     there are several. ``search``: the trie to decode over. Where probabilities are normalised over the "catalogue", a token
     without alternative is certain, so ``search`` ends each title with its last choice: the same ranking and scores in fewer
-    steps.
+    steps. ``lengths``: (titles,) as in `Titles`.
     """
 
     def __init__(self, titles: Titles, normalize: Normalize) -> None:
         self.normalize = normalize
+        self.lengths = torch.from_numpy(titles.lengths)
         sequences = titles.sequences()
         self.trie = self.search = Trie.build(sequences)
         self.node = self._nodes(titles)
@@ -146,7 +154,7 @@ class TitleTrie:
 
     def to(self, device: str) -> "TitleTrie":
         """Moves what is searched; the per-token arrays stay with numpy."""
-        self.search = self.search.to(device)
+        self.search, self.lengths = self.search.to(device), self.lengths.to(device)
         return self
 
     def _nodes(self, titles: Titles) -> Ints:
@@ -161,15 +169,40 @@ class TitleTrie:
         return nodes
 
 
-def training_popularity(split: Split) -> Ints:
-    """(items,) interactions in the training part."""
-    popularity = np.zeros(split.n_items, dtype=np.int64)
-    for users in split.users(["items", "n_train"]):
-        offsets, items = flat_lists(users["items"])
-        position = np.arange(len(items)) - np.repeat(offsets[:-1], np.diff(offsets))
-        seen = position < np.repeat(users["n_train"].to_numpy(), np.diff(offsets))
-        popularity += np.bincount(items[seen], minlength=split.n_items)
-    return popularity
+def _told_apart(
+    titles: list[Ints], attributes: Sequence[Sequence[str] | None], tokenizer: Any, end: int, most: int
+) -> tuple[list[Ints], int]:
+    """Each item's own tokens, of ``most`` at most, and how many items it took a number to tell apart.
+
+    What stands behind a title is never cut for it, but for attributes of more than ``most`` / 2 tokens: rather the title is.
+    """
+    sharing: dict[bytes, list[int]] = {}
+    for item, ids in enumerate(titles):
+        sharing.setdefault(ids.tobytes(), []).append(item)
+    used = {key for key, items in sharing.items() if len(items) == 1}
+    result, numbered = list(titles), 0
+    for items in (items for items in sharing.values() if len(items) > 1):
+        common = set.intersection(*(set(attributes[i] or ()) for i in items))
+        own = [", ".join(a for a in attributes[i] or () if a not in common) for i in items]
+        behind = encode_titles(tokenizer, [f" ({text})" if text else "" for text in own], end)
+        for item, suffix in zip(items, behind, strict=True):
+            result[item] = _with(titles[item], suffix[: most // 2], most)
+        alike = Counter(result[item].tobytes() for item in items)
+        count = 0
+        for item, text in zip(items, own, strict=True):
+            ids = result[item]
+            if not text or alike[ids.tobytes()] > 1 or ids.tobytes() in used:
+                numbered += 1
+                while ids is result[item] or ids.tobytes() in used:
+                    count += 1
+                    ids = _with(result[item], encode_titles(tokenizer, [f" #{count}"], end)[0], most)
+                result[item] = ids
+            used.add(ids.tobytes())
+    return result, numbered
+
+
+def _with(title: Ints, suffix: Ints, most: int) -> Ints:
+    return np.concatenate([title[: max(0, most - len(suffix))], suffix])
 
 
 def _members(of_item: Ints, titles: int, popularity: Ints) -> Ints:

@@ -31,7 +31,7 @@ from gr.llm.sequences import batch, micro_batches, target_sequence, training_seq
 from gr.llm.sequences import prompts as make_prompts
 from gr.llm.titles import Titles, TitleTrie
 from gr.llm.tokenizer import Frame, frame_of
-from gr.terms import Normalize
+from gr.terms import Length, Normalize
 from gr.text import train_tokenizer
 from tests.gr.test_llm_titles import catalogue
 
@@ -95,26 +95,68 @@ def test_packed_pass_equals_training_example_by_example(lm: Any, titles: Titles,
     assert packed == pytest.approx(one_by_one, abs=1e-6)
 
 
+@pytest.mark.parametrize("length", ["sum", "mean"])
 @pytest.mark.parametrize("normalize", ["vocabulary", "catalogue"])
 @torch.no_grad()
-def test_decoding_equals_brute_force_whatever_the_batch(lm: Any, titles: Titles, normalize: Normalize) -> None:
+def test_decoding_equals_brute_force_whatever_the_batch(lm: Any, titles: Titles, normalize: Normalize, length: Length) -> None:
     trie = TitleTrie(titles, normalize)
+    tokens = titles.lengths if length == "mean" else 1
     some = make_prompts(titles, HISTORIES, 20, 10**4)
     everything = titles.counts["distinct_titles"]
-    ranked, scores, flops = rank_titles(lm, trie, some, everything + 3)
+    ranked, scores, flops = rank_titles(lm, trie, some, everything + 3, length)
     assert flops > 0
     for row, prompt in enumerate(some):
-        exact = brute_force(lm, trie, titles, prompt)
+        sums = brute_force(lm, trie, titles, prompt)
+        exact = sums / tokens
         assert ranked[row].tolist() == [*np.argsort(-exact), -1, -1, -1]
         assert scores[row, :everything] == pytest.approx(np.sort(exact)[::-1], abs=1e-6)
         if normalize == "catalogue":
-            assert np.exp(exact).sum() == pytest.approx(1), "a distribution over the titles"
-    narrow, narrow_scores, _ = rank_titles(lm, trie, some, 4)
+            assert np.exp(sums).sum() == pytest.approx(1), "a distribution over the titles"
+    narrow, narrow_scores, _ = rank_titles(lm, trie, some, 4, length)
     for row, prompt in enumerate(some):
-        alone, alone_scores, _ = rank_titles(lm, trie, [prompt], 4)
+        alone, alone_scores, _ = rank_titles(lm, trie, [prompt], 4, length)
         assert narrow[row].tolist() == alone[0].tolist()
         assert narrow_scores[row] == pytest.approx(alone_scores[0], abs=1e-6)
-        assert narrow_scores[row] == pytest.approx(brute_force(lm, trie, titles, prompt)[narrow[row]], abs=1e-6)
+        exact = brute_force(lm, trie, titles, prompt) / tokens
+        assert narrow_scores[row] == pytest.approx(exact[narrow[row]], abs=1e-6)
+
+
+@torch.no_grad()
+def test_slots_without_a_living_descendant_leave_the_cache_and_the_scores_unharmed(
+    lm: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = [f"{NAMES[i % 18]} {NAMES[(5 * i) % 18]} {i}" for i in range(60)]
+    long = Titles.build(catalogue(names), tokenizer, frame_of(tokenizer))
+    trie = TitleTrie(long, "vocabulary")
+    some = make_prompts(long, [np.array([3, 4]), np.array([50]), np.array([7, 8, 9])], 20, 10**4)
+    left: list[tuple[int, int]] = []
+
+    class Watched(TitleStepper):
+        def _compacted(self, seen: torch.Tensor) -> torch.Tensor:
+            kept = super()._compacted(seen)
+            left.append((seen.shape[2], kept.shape[2]))
+            assert all(layer.keys.shape[2] == kept.shape[2] for layer in self.cache.layers)
+            return kept
+
+    monkeypatch.setattr("gr.llm.decode.TitleStepper", Watched)
+    ranked, scores, _ = rank_titles(lm, trie, some, 6)
+    assert any(kept < slots for slots, kept in left), "nothing was taken out"
+    for row, prompt in enumerate(some):
+        assert scores[row] == pytest.approx(brute_force(lm, trie, long, prompt)[ranked[row]], abs=1e-6)
+
+
+@torch.no_grad()
+def test_the_mean_per_token_prefers_long_titles_and_the_sum_short_ones(lm: Any) -> None:
+    """Of a model that finds all tokens alike, the sum's best title is the shortest; the mean's is any, as all but tie."""
+    names = ["a", "bb", "ccc", "dddd"]
+    tokenizer = train_tokenizer(["x"], 259)
+    titles = Titles.build(catalogue(names), tokenizer, frame_of(tokenizer))
+    lm.get_output_embeddings().weight.data.zero_()
+    ranked, scores, _ = rank_titles(lm, TitleTrie(titles, "vocabulary"), [np.array([1, 5])], 4)
+    even = -np.log(lm.config.vocab_size)
+    assert ranked[0].tolist() == titles.of_item.tolist() and scores[0] == pytest.approx(even * titles.lengths)
+    _, means, _ = rank_titles(lm, TitleTrie(titles, "vocabulary"), [np.array([1, 5])], 4, "mean")
+    assert means[0] == pytest.approx([even] * 4)
 
 
 @torch.no_grad()

@@ -131,3 +131,48 @@ def test_documents_are_related_repeatable_and_know_no_interactions() -> None:
 def test_walks_over_items_that_share_nothing() -> None:
     runs = Walks(catalogue([f"word{chr(97 + i) * 3}" for i in range(5)])).sample(np.random.default_rng(0), 50, 3)
     assert set(runs.ravel()) == set(range(5))
+
+
+def test_disambiguate_gives_every_item_a_title_of_its_own_from_its_attributes() -> None:
+    names = ["red lamp", "red lamp", "red lamp", "blue chair", "blue chair", "red lamp", "sofa", "blue chair #1"]
+    attributes = [["Lighting", "Acme"], ["Lighting", "Zenith"], ["Lighting"], [], [], ["Lighting", "Zenith"], ["Acme"], []]
+    items = catalogue(names, attributes)
+    tokenizer = train_tokenizer(names, 300)
+    popularity = np.arange(8)
+    titles = Titles.build(items, tokenizer, frame_of(tokenizer), "disambiguate", popularity)
+    read = [tokenizer.decode(titles.sequences()[t][:-1]).strip() for t in titles.of_item]
+    assert read == [
+        "red lamp (Acme)",
+        "red lamp (Zenith) #1",
+        "red lamp #2",
+        "blue chair #2",  # the name of another item's title is taken
+        "blue chair #3",
+        "red lamp (Zenith) #3",
+        "sofa",
+        "blue chair #1",
+    ]
+    assert titles.counts["shared_titles"] == 2 and titles.counts["items_with_shared_title"] == 6
+    assert titles.counts["distinct_titles"] == 8 and titles.counts["numbered_titles"] == 5
+    ranked = titles.ranked_items(titles.of_item[[4, 0, 7]][None], 5)
+    assert ranked.tolist() == [[4, 0, 7, -1, -1]], "one title is one item"
+    assert [titles.stand_in(i) for i in range(8)] == list(range(8))
+    target = training_sequences(titles, [np.array([3, 1])], 20, 10**4)[0]
+    assert tokenizer.decode(target.targets[:-1]).strip() == "red lamp (Zenith) #1", "trained on is what is generated"
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.data())
+def test_disambiguated_titles_are_distinct_whatever_the_catalogue(data: st.DataObject) -> None:
+    """Of few words and attributes, so that they collide, cut to few tokens, and repeatable."""
+    few = st.sampled_from(["", "a", "b", "a #1", "a (x)", "灯 ランプ", "a long title of many words that are cut"])
+    names = data.draw(st.lists(few, min_size=1, max_size=12))
+    attributes = data.draw(st.lists(st.lists(st.sampled_from("xyz"), max_size=3), min_size=len(names), max_size=len(names)))
+    most = data.draw(st.integers(6, 48))
+    tokenizer = train_tokenizer(["a b"], 259)
+    items = catalogue(names, attributes)
+    titles = Titles.build(items, tokenizer, frame_of(tokenizer), "disambiguate", max_title_tokens=most)
+    assert sorted(titles.of_item.tolist()) == list(range(len(names)))
+    assert titles.longest <= most + 1
+    again = Titles.build(items, tokenizer, frame_of(tokenizer), "disambiguate", max_title_tokens=most)
+    assert np.array_equal(titles.tokens, again.tokens)
+    TitleTrie(titles, "vocabulary")

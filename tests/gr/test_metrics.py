@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gr.metrics import RECALL_AT, TOP_K, ranking_metrics, target_ranks
+from gr.metrics import COLD_AT, RECALL_AT, TOP_K, cold_metrics, ranking_metrics, target_ranks
 
 ranks_of_users = st.lists(st.integers(0, 30), min_size=1, max_size=50)
 
@@ -34,3 +34,16 @@ def test_missing_places_are_no_hits_and_no_users_is_an_error() -> None:
     assert target_ranks(np.array([[2, -1, -1]]), np.array([5])).tolist() == [0]
     with pytest.raises(ValueError, match="no users"):
         ranking_metrics(np.array([], dtype=np.int32))
+
+
+@given(st.lists(st.tuples(st.integers(0, 30), st.integers(0, 12)), min_size=1, max_size=50))
+def test_cold_metrics_are_those_of_the_users_with_a_cold_target(users: list[tuple[int, int]]) -> None:
+    ranks, popularity = (np.array(column) for column in zip(*users, strict=True))
+    cold = [r for r, p in users if p <= COLD_AT]
+    found = cold_metrics(ranks, popularity)
+    assert found["users_cold"] == len(cold)
+    if not cold:
+        assert found.keys() == {"users_cold"}
+        return
+    assert found["recall@10_cold"] == pytest.approx(sum(0 < r <= 10 for r in cold) / len(cold))
+    assert found["ndcg@10_cold"] == pytest.approx(sum(1 / math.log2(1 + r) for r in cold if 0 < r <= 10) / len(cold))
