@@ -12,10 +12,11 @@ from cluster.identity import canonical
 from cluster.plan import Node, Plan, Point
 from cluster.spec import METRICS
 from cluster.store import Store
-from gr.metrics import RECALL_AT
+from gr.metrics import COLD, RECALL_AT
 
 EXPECTED = [f"expected_recall@{k}" for k in RECALL_AT]
 SID_RECALL = [f"sid_recall@{k}" for k in RECALL_AT]
+COLD_METRICS = [f"{name}_cold" for name in COLD]
 SIZES = ("n_rs", "n_llm", "n_qt", "n_lora", "n_cf", "n_total", "n_non_embedding")
 
 SCHEMA = pa.schema(
@@ -44,19 +45,24 @@ SCHEMA = pa.schema(
     + [(name, pa.string()) for name in ("architecture", "encoder", "quantizer", "collisions", "tune")]
     + [("n_trained", pa.int64())]
     + [(name, pa.float64()) for name in ("reconstruction_error", "identity_bits", "probe_embedding_r2", *SID_RECALL)]
+    + [("users_cold", pa.int64()), *((name, pa.float64()) for name in COLD_METRICS)]
+    + [("title_score", pa.string()), ("input", pa.string())]
 )
 """The table's columns; null where one does not apply. Sizes are counted parameters, times seconds, memory bytes.
 
 ``evaluated_part``: "test" or "val"; ``loss_unit``: what ``loss_val`` is a mean over, and so comparable within a paradigm only;
 ``expected_recall@k``: of the planted world's optimum, free of the targets' luck; ``sid_recall@k``: of SIDs without their extra
-digit, which is no recall of items (docs/sid.md has the other columns of tokenizers).
+digit, which is no recall of items (docs/sid.md has the other columns of tokenizers); ``users_cold`` and the metrics that end with
+``_cold``: of users whose target has few training interactions (`gr.metrics.COLD_AT`);
+``title_score``: what ranked an LLM's titles; ``input``: what an LLM reads, "titles", "sids" or "both".
 """
 
 _TRAIN = ["n_non_embedding", "train_tokens", "train_flops", "train_seconds", "peak_memory_bytes", "loss_val"]
 _TRAIN += ["lr", "steps", "device"]
 _EVALUATE = ["infer_flops_per_user", "eval_seconds", "users_per_second", "invalid_beams", "beams", "evaluated_users", *METRICS]
+_EVALUATE += ["users_cold", *COLD_METRICS]
 _QUANTIZE = ["quantizer", "collisions", "reconstruction_error", "identity_bits", "probe_embedding_r2"]
-_TITLES = ["shared_titles_policy", "items_with_shared_title", "empty_titles", "truncated_titles"]
+_TITLES = ["shared_titles_policy", "title_score", "items_with_shared_title", "empty_titles", "truncated_titles"]
 _SOURCES: dict[str, tuple[tuple[str, list[str]], ...]] = {
     "sid": (
         ("encode", ["n_llm", "encoder_init", "encoder"]),
@@ -64,7 +70,10 @@ _SOURCES: dict[str, tuple[tuple[str, list[str]], ...]] = {
         ("train_sid", ["n_rs", "init", "architecture", *_TRAIN]),
         ("evaluate_sid", [*SID_RECALL, *_EVALUATE]),
     ),
-    "llm": (("train_llm", ["n_llm", "n_lora", "n_trained", "tune", "init", *_TRAIN]), ("evaluate_llm", [*_TITLES, *_EVALUATE])),
+    "llm": (
+        ("train_llm", ["n_llm", "n_lora", "n_trained", "tune", "input", "init", *_TRAIN]),
+        ("evaluate_llm", [*_TITLES, *_EVALUATE]),
+    ),
     "cf": (("baseline", ["n_cf", "train_seconds", "peak_memory_bytes", "device", *EXPECTED, *_EVALUATE]),),
 }
 """Which stage of a point each column comes from: a study's encoder is trained too, but its loss is not the point's."""
@@ -105,7 +114,7 @@ def row(store: Store, plan: Plan, point: Point) -> dict[str, Any]:
         data_fraction=1.0,
         status="ok",
         evaluated_part=last_node.config["which"],
-        loss_unit=_LOSS_UNIT.get(point.paradigm),
+        loss_unit="nats per SID token" if found["input"] == "sids" else _LOSS_UNIT.get(point.paradigm),
         # The study's present words: the manifest has those of the study that trained it, which may have stated it otherwise.
         lr_choice=first_node.config.get("optimizer", {}).get("lr_choice"),
         started=last["started"],

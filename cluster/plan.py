@@ -182,7 +182,7 @@ class _Planner:
                         self._sid(name, protocol, split, rung, {"dataset": dataset} if planted else {})
                 if self.study.llm:
                     for llm_rung in self.study.llm.ladder:
-                        self._llm(name, protocol, split, llm_rung)
+                        self._llm(name, protocol, split, llm_rung, {"dataset": dataset} if planted else {})
         self.plan.trials = list(self.rates.trials.values())
         return self.plan
 
@@ -252,18 +252,16 @@ class _Planner:
             node = self.plan.nodes[trained]
             evaluate = self.node(
                 "evaluate_sid",
-                {**self.study.evaluate.model_dump(), **sid.evaluate.model_dump()},
+                {**self.study.evaluate.model_dump(), **sid.evaluate.model_dump(exclude={"launch"})},
                 {"split": split, "sids": node.inputs["sids"], "model": trained},
-                threads=node.processes * node.threads,
+                *sid.evaluate.processes_and_threads(node.processes, node.threads),
             )
             self._point(dataset, protocol, "sid", rung.name, seed, (trained, evaluate))
 
     def _train_sid(self, split: str, rung: SidRung, world: dict[str, str], optimizer: dict[str, Any], seed: int) -> str:
         sid = self.study.sid
         assert sid is not None
-        embeddings = self._embeddings(split, sid.encoders[rung.encoder or next(iter(sid.encoders))])
-        quantizer = sid.quantizers[rung.quantizer or next(iter(sid.quantizers))]
-        sids = self.node("quantize", quantizer.model_dump(), {"embeddings": embeddings, **world})
+        sids = self._sids(split, rung.encoder, rung.quantizer, world)
         config = {
             "size": rung.model_dump(include={"layers", "d_model", "heads", "d_kv", "d_ff"}),
             **sid.train.model_dump(exclude={"optimizer"}),
@@ -272,6 +270,14 @@ class _Planner:
         }
         launch = self._launch(rung)
         return self.node("train_sid", config, {"split": split, "sids": sids}, launch.processes, launch.threads, launch)
+
+    def _sids(self, split: str, encoder: str | None, quantizer: str | None, world: dict[str, str]) -> str:
+        """The items' SIDs by an encoder and a quantizer of the study's ``sid``, the first ones where none is named."""
+        sid = self.study.sid
+        assert sid is not None
+        embeddings = self._embeddings(split, sid.encoders[encoder or next(iter(sid.encoders))])
+        config = sid.quantizers[quantizer or next(iter(sid.quantizers))].model_dump()
+        return self.node("quantize", config, {"embeddings": embeddings, **world})
 
     def _embeddings(self, split: str, spec: EncoderSpec) -> str:
         inputs = {"split": split}
@@ -286,7 +292,7 @@ class _Planner:
         config = spec.model_dump(exclude={"fresh", "launch"})
         return self.node("encode", config, inputs, spec.launch.processes, spec.launch.threads)
 
-    def _llm(self, dataset: str, protocol: Protocols, split: str, rung: LlmRung) -> None:
+    def _llm(self, dataset: str, protocol: Protocols, split: str, rung: LlmRung, world: dict[str, str]) -> None:
         llm = self.study.llm
         assert llm is not None
         group = _group(dataset, protocol, "llm")
@@ -297,6 +303,8 @@ class _Planner:
 
         def train(rung: LlmRung, optimizer: dict[str, Any], seed: int) -> str | None:
             inputs = {"split": split}
+            if llm.train.input != "titles":
+                inputs["sids"] = self._sids(split, llm.train.encoder, llm.train.quantizer, world)
             if rung.model is None:
                 assert llm.pretrain is not None
                 pretraining = self.rates.of(f"{group}-{{}}-pretrain", llm.pretrain.optimizer, fresh, rung, pretrain, own=False)
@@ -314,16 +322,16 @@ class _Planner:
             node = self.plan.nodes[trained]
             evaluate = self.node(
                 "evaluate_llm",
-                {**self.study.evaluate.model_dump(), **llm.evaluate.model_dump()},
+                {**self.study.evaluate.model_dump(), **llm.evaluate.model_dump(exclude={"launch"})},
                 {**node.inputs, "model": trained},
-                threads=node.processes * node.threads,
+                *llm.evaluate.processes_and_threads(node.processes, node.threads),
             )
             self._point(dataset, protocol, "llm", rung.name, seed, (trained, evaluate))
 
     def _train_llm(self, inputs: dict[str, str], rung: LlmRung, optimizer: dict[str, Any], seed: int) -> str:
         assert self.study.llm is not None
         config = {
-            **self.study.llm.train.model_dump(exclude={"optimizer"}),
+            **self.study.llm.train.model_dump(exclude={"optimizer", "encoder", "quantizer"}),
             "model": rung.model,
             "optimizer": optimizer,
             "seed": seed,

@@ -8,6 +8,7 @@ import numpy as np
 
 from cluster.figures import FLOOR_NAMES, NAMES, OPTIMUM
 from cluster.report_words import asides, bands, best, evaluated, expectation
+from gr.metrics import COLD, COLD_AT
 
 Row = dict[str, Any]
 
@@ -47,6 +48,7 @@ def page(
                 "figures": [f for f in figures if (f["dataset"], f["protocol"]) == (dataset, protocol)],
                 "points": _points(here),
                 "runs": _runs(here),
+                "cold": _cold(here),
             }
         )
     return environment.get_template("report.html.j2").render(
@@ -111,6 +113,20 @@ def _points(rows: list[Row]) -> dict[str, Any]:
     columns += [(name, [_text(rung, name) for rung in rungs]) for name in _WORDS]
     kept = [(name, cells) for name, cells in columns if any(cells)]
     return {"names": [name for name, _ in kept], "rows": [list(cells) for cells in zip(*(c for _, c in kept), strict=True)]}
+
+
+def _cold(rows: list[Row]) -> dict[str, Any]:
+    """One line per rung, of the users whose target has few training interactions; no rows where none has a metric of them."""
+    keys = list(dict.fromkeys((r["paradigm"], str(r["model"])) for r in rows if r.get(f"{COLD[0]}_cold") is not None))
+    cells = []
+    for paradigm, model in keys:
+        rung = [r for r in rows if (r["paradigm"], str(r["model"])) == (paradigm, model)]
+        name = model if paradigm in NAMES else FLOOR_NAMES.get(model, model)
+        metrics = [_spread(rung, metric) for cold in COLD for metric in (f"{cold}_cold", cold)]
+        what = NAMES.get(paradigm, "optimum" if model == OPTIMUM else "floor")
+        cells.append([what, name, _size(_mean(rung, "users_cold")), *metrics])
+    heads = [head for cold in COLD for head in (f"{cold}, cold", f"{cold}, all")]
+    return {"names": ["paradigm", "rung", "users with a cold target", *heads], "rows": cells, "most": COLD_AT}
 
 
 def _runs(rows: list[Row]) -> dict[str, Any]:

@@ -16,11 +16,14 @@ from jobs.config import (
     Architecture,
     Config,
     Launch,
+    Length,
+    LlmTraining,
     Method,
     Normalize,
     Optimizer,
     Pooling,
     Positive,
+    Processes,
     Protocol,
     QuantizeConfig,
     RandomVectors,
@@ -30,7 +33,6 @@ from jobs.config import (
     Template,
     Tfidf,
     TransformerSize,
-    Tuning,
     Vocab,
     Which,
 )
@@ -165,9 +167,29 @@ class SidRung(T5Size):
     launch: Launch | Literal["auto"] = Launch()
 
 
+class SharedWork(Config):
+    """``processes`` among which an evaluation's users are shared, each with its ``threads``."""
+
+    processes: Processes = 1
+    threads: Positive = 1
+
+
 class Beams(Config):
+    """``launch``: where left out, one process with as many threads as all of the training's had."""
+
     beams: Annotated[int, Field(ge=20)] = 20
     batch: Positive = 128
+    launch: SharedWork | None = None
+
+    def processes_and_threads(self, processes: int, threads: int) -> tuple[int, int]:
+        """Of the evaluation, after a training by ``processes`` of ``threads`` each."""
+        return (self.launch.processes, self.launch.threads) if self.launch else (1, processes * threads)
+
+
+class TitleBeams(Beams):
+    """`jobs.config.EvaluateLlmConfig` says what ``length`` means."""
+
+    length: Length = "sum"
 
 
 class Sid(Config):
@@ -184,10 +206,16 @@ class Pretrain(Config):
     vocab: Vocab = 4000
     max_tokens: Positive = 256
     normalize: Normalize = "catalogue"
+    checkpoint_activations: bool = False
     optimizer: TunedOptimizer
 
 
-class LlmTrain(Tuning):
+class LlmTrain(LlmTraining):
+    """``encoder``, ``quantizer``: names from the study's ``sid``, whose SIDs ``input: sids`` and ``both`` take; the first ones
+    where left out. `jobs.config.LlmTraining` says what the other keys mean."""
+
+    encoder: str | None = None
+    quantizer: str | None = None
     max_history: Positive = 20
     max_tokens: Positive = 512
     shared_titles: SharedTitles = "expand"
@@ -232,7 +260,7 @@ class Llm(Config):
     pretrain: Pretrain | None = None
     train: LlmTrain
     ladder: Annotated[list[LlmRung], Field(min_length=1)]
-    evaluate: Beams = Beams()
+    evaluate: TitleBeams = TitleBeams()
 
 
 class Evaluate(Config):

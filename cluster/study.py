@@ -74,12 +74,30 @@ def _check_names(loaded: Loaded) -> None:
                         f"{where}: sid.ladder[{i}].{field}: {value!r} is not among sid.{field}s{nearest(value, known)}"
                     )
     if study.llm:
+        _check_llm_sids(loaded)
         for i, llm_rung in enumerate(study.llm.ladder):
             where = loaded.where(("llm", "ladder", i))
             if llm_rung.model is None and study.llm.pretrain is None:
                 raise UserError(f"{where}: llm.ladder[{i}]: a fresh backbone needs llm.pretrain")
             if llm_rung.model and llm_rung.lr is None and study.llm.train.optimizer.lr_at_d_model:
                 raise UserError(f"{where}: llm.ladder[{i}].lr: missing; lr_at_d_model can't be applied to a model from outside")
+
+
+def _check_llm_sids(loaded: Loaded) -> None:
+    """The SIDs that an LLM reads are those of the study's ``sid``."""
+    study = loaded.study
+    assert study.llm is not None
+    train = study.llm.train
+    if train.input != "titles" and not study.sid:
+        where = loaded.where(("llm", "train", "input"))
+        raise UserError(f"{where}: llm.train.input: {train.input} needs the SIDs of sid.encoders and sid.quantizers; give sid")
+    for field in ("encoder", "quantizer"):
+        value, where = getattr(train, field), loaded.where(("llm", "train", field))
+        if value is not None and train.input == "titles":
+            raise UserError(f"{where}: llm.train.{field}: input: titles has no SIDs; give input: sids or both, or leave it out")
+        known = getattr(study.sid, f"{field}s") if study.sid else {}
+        if value is not None and value not in known:
+            raise UserError(f"{where}: llm.train.{field}: {value!r} is not among sid.{field}s{nearest(value, known)}")
 
 
 def _explain(error: ValidationError, raw: Any, path: Path, lines: dict[Loc, int], given: dict[Loc, str]) -> str:

@@ -23,6 +23,7 @@ from gr.data.split import LeaveOneOut as LeaveOneOut
 from gr.data.split import Protocol as Protocol
 from gr.data.split import Temporal as Temporal
 from gr.terms import Codebooks, Collisions, Gradient
+from gr.terms import Length as Length
 from gr.terms import Normalize as Normalize
 from gr.terms import Pooling as Pooling
 from gr.terms import SharedTitles as SharedTitles
@@ -32,6 +33,7 @@ Positive = Annotated[int, Field(gt=0)]
 SMALLEST_VOCAB = 256 + 3
 """Of a fresh byte-level tokenizer: every byte, and its three special tokens (`gr.text`)."""
 TEMPLATE_FIELDS = ("text", "title", "attributes", "key")
+HISTORY_FIELDS = ("title", "attributes", "key")
 Method = Literal["popularity", "item-knn", "markov", "bayes-optimal"]
 Which = Literal["val", "test"]
 Architecture = Literal["encoder-decoder", "decoder-only"]
@@ -50,20 +52,28 @@ def _processes(value: int) -> int:
     return value
 
 
-def _template(value: str) -> str:
+def _template(value: str, known: tuple[str, ...] = TEMPLATE_FIELDS) -> str:
     try:
         fields = [(name, spec, change) for _, name, spec, change in Formatter().parse(value) if name is not None]
     except ValueError as error:
         raise ValueError(f"{value!r}: {error}; a brace that is meant as one is written twice") from None
-    wrong = [f"{{{name}}}" for name, spec, change in fields if name not in TEMPLATE_FIELDS or spec or change]
+    wrong = [f"{{{name}}}" for name, spec, change in fields if name not in known or spec or change]
     if wrong or not fields:
-        known = ", ".join(f"{{{name}}}" for name in TEMPLATE_FIELDS)
-        raise ValueError(f"{value!r} has {wrong[0] if wrong else 'nothing of the item'}; an item has {known}")
+        words = ", ".join(f"{{{name}}}" for name in known)
+        raise ValueError(f"{value!r} has {wrong[0] if wrong else 'nothing of the item'}; an item has {words}")
+    return value
+
+
+def _history_template(value: str) -> str:
+    _template(value, HISTORY_FIELDS)
+    if not value.startswith("{title}"):
+        raise ValueError(f"{value!r} does not begin with {{title}}: an item begins with what is generated of it")
     return value
 
 
 Vocab = Annotated[Positive, AfterValidator(_vocab)]
 Template = Annotated[str, AfterValidator(_template)]
+HistoryTemplate = Annotated[str, AfterValidator(_history_template)]
 Processes = Annotated[Positive, AfterValidator(_processes)]
 
 
@@ -71,6 +81,12 @@ class Config(BaseModel):
     """Immutable, and an unknown key is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+def _without_defaults(config: Config, dumped: dict[str, Any], later: tuple[str, ...]) -> dict[str, Any]:
+    """Without the keys that came ``later`` where they have their defaults: identities from before them hold."""
+    fields = type(config).model_fields
+    return {key: value for key, value in dumped.items() if key not in later or value != fields[key].default}
 
 
 class Optimizer(Config):
@@ -96,9 +112,7 @@ class Optimizer(Config):
 
     @model_serializer(mode="wrap")
     def _as_before(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without the keys that came later where they have their defaults: identities from before them hold."""
-        found: dict[str, Any] = dump(self)
-        return {key: value for key, value in found.items() if (key, value) not in (("schedule", "cosine"), ("patience", None))}
+        return _without_defaults(self, dump(self), ("schedule", "patience"))
 
 
 class PlantConfig(Config):
@@ -234,8 +248,13 @@ class PretrainLlmConfig(Config):
     vocab: Vocab = 4000
     max_tokens: Positive = 256
     normalize: Normalize = "catalogue"
+    checkpoint_activations: bool = False
     optimizer: Optimizer
     seed: Seed = 0
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return _without_defaults(self, dump(self), ("checkpoint_activations",))
 
 
 class LoraConfig(Config):
@@ -272,7 +291,40 @@ class Tuning(Config):
         return self
 
 
-class TrainLlmConfig(Tuning):
+class LlmTraining(Tuning):
+    """What an LLM reads and generates, and how its training is computed (docs/llm.md).
+
+    ``input``: items of a history appear as titles, as semantic IDs or as both; generated is the title, or with "sids" the SID.
+    ``template``: what is shown of an item in a history, of {title}, {attributes} and {key}, in front of its SID; ``prompt``: text
+    before every history. ``checkpoint_activations``: activations are computed again for the backward pass rather than kept.
+    ``attention``: transformers' implementation, in training. ``load_in_4bit``: the frozen backbone is rounded to 4 bits while its
+    adapters are trained. ``save_merged``: the whole model that backbone and adapters make is saved beside these.
+    """
+
+    input: Literal["titles", "sids", "both"] = "titles"
+    template: HistoryTemplate = "{title}"
+    prompt: str = ""
+    checkpoint_activations: bool = False
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    load_in_4bit: bool = False
+    save_merged: bool = False
+
+    @model_validator(mode="after")
+    def _options_go_together(self) -> "LlmTraining":
+        if self.input == "sids" and self.template != "{title}":
+            raise ValueError("input: sids shows no text, so that template has nothing to fill in; input: both shows both")
+        if self.input != "titles" and self.tune == "head":
+            raise ValueError(f"tune: head would leave the new tokens of input: {self.input} as they were drawn; lora or full")
+        for key in ("load_in_4bit", "save_merged"):
+            if getattr(self, key) and self.tune != "lora":
+                raise ValueError(f"{key} goes with tune: lora")
+        if self.load_in_4bit and (self.save_merged or self.start == "random"):
+            other = "save_merged" if self.save_merged else "start: random"
+            raise ValueError(f"load_in_4bit and {other}: weights of 4 bits are neither drawn nor added to; give one of them")
+        return self
+
+
+class TrainLlmConfig(LlmTraining):
     """``model``: a hub name or local path, where the backbone is no stage of the study."""
 
     model: str | None = None
@@ -283,6 +335,10 @@ class TrainLlmConfig(Tuning):
     optimizer: Optimizer
     seed: Seed
 
+    @model_serializer(mode="wrap")
+    def _as_before(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return _without_defaults(self, dump(self), tuple(LlmTraining.__annotations__))
+
 
 class EvaluateSidConfig(Config):
     beams: Annotated[int, Field(ge=20)] = 20
@@ -292,7 +348,13 @@ class EvaluateSidConfig(Config):
 
 
 class EvaluateLlmConfig(EvaluateSidConfig):
-    pass
+    """``length``: what ranks titles of different lengths, the log-probability or its mean per token."""
+
+    length: Length = "sum"
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return _without_defaults(self, dump(self), ("length",))
 
 
 class BaselineConfig(Config):
@@ -346,7 +408,7 @@ STAGES: dict[str, type[Config]] = {
 INTERFACE: dict[str, int] = dict.fromkeys(STAGES, 1)
 """Version of each stage's code interface: raised when its result changes for the same configuration."""
 
-PARALLEL = frozenset({"encode", "train_sid", "pretrain_llm", "train_llm"})
+PARALLEL = frozenset({"encode", "train_sid", "evaluate_sid", "pretrain_llm", "train_llm", "evaluate_llm"})
 """The stages that several processes can share. Every process of another would do and write the same, and a text encoder contrasts
 the items of a whole batch, so that shares of it would be another objective."""
 
@@ -361,8 +423,8 @@ INPUTS: dict[str, dict[str, str]] = {
     "train_sid": {"split": "prepare", "sids": "quantize"},
     "evaluate_sid": {"split": "prepare", "sids": "quantize", "model": "train_sid"},
     "pretrain_llm": {"split": "prepare"},
-    "train_llm": {"split": "prepare", "backbone": "pretrain_llm"},
-    "evaluate_llm": {"split": "prepare", "backbone": "pretrain_llm", "model": "train_llm"},
+    "train_llm": {"split": "prepare", "backbone": "pretrain_llm", "sids": "quantize"},
+    "evaluate_llm": {"split": "prepare", "backbone": "pretrain_llm", "sids": "quantize", "model": "train_llm"},
     "baseline": {"split": "prepare", "dataset": "plant"},
 }
 """Stage -> its inputs, and the stage whose artifact each one is; what no stage made, such as a user's own data set, has none."""

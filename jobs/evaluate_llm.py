@@ -7,12 +7,12 @@ from numpy.typing import NDArray
 from gr.data.split import Split
 from gr.llm.decode import rank_titles
 from gr.llm.sequences import prompts
-from gr.llm.titles import Titles, TitleTrie, training_popularity
-from gr.llm.tokenizer import frame_of
+from gr.llm.titles import TitleTrie
 from gr.llm.tuning import load_trained
-from gr.metrics import TOP_K
+from gr.metrics import TOP_K, training_popularity
 from jobs.config import EvaluateLlmConfig, TrainLlmConfig
-from jobs.evaluation import evaluate
+from jobs.evaluation import Ranked, device, evaluate
+from jobs.llm_items import llm_items
 from jobs.runtime import Context, main
 from jobs.train_llm import backbone_source
 
@@ -20,33 +20,28 @@ from jobs.train_llm import backbone_source
 def body(context: Context[EvaluateLlmConfig]) -> None:
     config = context.config
     torch.set_num_threads(context.run.launch.threads)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     split = Split(context.input("split"))
     trained = TrainLlmConfig.model_validate(context.trained_config())
     source = backbone_source(context, trained.model)
     model, tokenizer = load_trained(source, context.input("model"), trained.tune, trained.max_tokens)
-    model = model.eval().to(device)
-    titles = Titles.build(split.items(), tokenizer, frame_of(tokenizer), trained.shared_titles, training_popularity(split))
-    trie = TitleTrie(titles, trained.normalize).to(device)
-    flops, missing = 0.0, 0
+    model = model.eval().to(device())
+    titles, shown, _ = llm_items(context, split, tokenizer, trained, training_popularity(split))
+    trie = TitleTrie(titles, trained.normalize).to(device())
 
-    def rank(histories: list[NDArray[np.int32]]) -> NDArray[np.int32]:
-        nonlocal flops, missing
-        some = prompts(titles, histories, trained.max_history, trained.max_tokens)
-        ranked, _, spent = rank_titles(model, trie, some, config.beams)
-        flops += spent
-        missing += int((ranked < 0).sum())
-        return titles.ranked_items(ranked, TOP_K).astype(np.int32)
+    def rank(histories: list[NDArray[np.int32]]) -> Ranked:
+        some = prompts(titles, histories, trained.max_history, trained.max_tokens, shown)
+        ranked, _, spent = rank_titles(model, trie, some, config.beams, config.length)
+        return Ranked(titles.ranked_items(ranked, TOP_K).astype(np.int32), spent, int((ranked < 0).sum()))
 
-    evaluate(context, split, config.which, config.users, config.batch, rank, titles.stand_in)
-    users = context.facts["evaluated_users"]
+    done = evaluate(context, split, config.which, config.users, config.batch, rank, titles.stand_in)
+    if done is None:
+        return
     context.facts.update(
         titles.counts,
         beams=config.beams,
-        invalid_beams=missing / (config.beams * users),
-        infer_flops_per_user=flops / users,
-        shared_titles_policy=trained.shared_titles,
-        title_score=f"sum of log-probabilities over the {trained.normalize}",
+        invalid_beams=done.missing / (config.beams * done.table.num_rows),
+        shared_titles_policy=titles.policy,
+        title_score=f"{config.length} of tokens' log-probabilities over the {trained.normalize}",
     )
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from gr.data.split import STREAMS, Split
-from gr.llm.backbone import NextTitle, count, fresh_backbone, train_flops
+from gr.llm.backbone import NextTitle, checkpoint_activations, count, fresh_backbone, train_flops
 from gr.llm.documents import Walks
 from gr.llm.sequences import Batch, Packed, micro_batches, pack
 from gr.llm.titles import Titles, TitleTrie, title_texts
@@ -28,6 +28,8 @@ def body(context: Context[PretrainLlmConfig]) -> None:
     trie = TitleTrie(titles, config.normalize)
     torch.manual_seed(config.seed)
     lm = fresh_backbone(len(tokenizer), **config.size.model_dump())
+    if config.checkpoint_activations:
+        checkpoint_activations(lm)
     model = NextTitle(lm, trie.trie if config.normalize == "catalogue" else None)
     counts = count(model.lm)
     walks = Walks(items)

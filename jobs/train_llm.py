@@ -9,12 +9,13 @@ import torch
 from gr.data.split import Split
 from gr.data.stream import TrainStream
 from gr.errors import UserError
-from gr.llm.backbone import NextTitle, count, load_backbone
-from gr.llm.sequences import micro_batches, target_sequence, training_sequences
-from gr.llm.titles import Titles, TitleTrie
-from gr.llm.tokenizer import frame_of
+from gr.llm.backbone import NextTitle, attend_by, checkpoint_activations, count, load_backbone
+from gr.llm.sequences import check_fits, micro_batches, target_sequence, training_sequences
+from gr.llm.shown import grow
+from gr.llm.titles import TitleTrie
 from gr.llm.tuning import made_trainable, randomised, save_trained, trained_facts, tuning_flops
 from jobs.config import TrainLlmConfig
+from jobs.llm_items import llm_items
 from jobs.pretrain_llm import mean_loss
 from jobs.runtime import Context, main
 from jobs.trainer import Micro, accelerator_for, train
@@ -34,19 +35,24 @@ def body(context: Context[TrainLlmConfig]) -> None:
     config, optimizer = context.config, context.config.optimizer
     accelerator = accelerator_for(context, optimizer)
     split = Split(context.input("split"))
-    backbone, tokenizer = load_backbone(backbone_source(context, config.model), config.max_tokens)
+    backbone, tokenizer = load_backbone(backbone_source(context, config.model), config.max_tokens, config.load_in_4bit)
     if config.model is None:  # or the adapter would name a folder of this machine
         backbone.name_or_path = os.path.relpath(context.input("backbone").resolve(), context.out.resolve())
-    titles = Titles.build(split.items(), tokenizer, frame_of(tokenizer), config.shared_titles)
-    titles.check_fits(config.max_tokens)
+    attend_by(backbone, config.attention, context.run.launch.precision)
+    titles, shown, new_tokens = llm_items(context, split, tokenizer, config)
+    check_fits(titles, shown, config.max_tokens)
     trie = TitleTrie(titles, config.normalize)
-    counts = count(backbone)
     torch.manual_seed(config.seed)
     if config.start == "random":
         backbone = randomised(backbone)
-    lm = made_trainable(backbone, config.tune, config.lora.model_dump() if config.lora else None)
+    if new_tokens:
+        grow(backbone, tokenizer, new_tokens)
+    counts = count(backbone)
+    lm = made_trainable(backbone, config.tune, config.lora.model_dump() if config.lora else None, new_tokens)
+    if config.checkpoint_activations:
+        checkpoint_activations(lm)
     sizes = trained_facts(lm, config.tune, counts)
-    flops = partial(tuning_flops, backbone, config.tune, counts, n_lora=sizes["n_lora"])
+    flops = partial(tuning_flops, backbone, config.tune, counts, n_lora=sizes["n_lora"], new_tokens=bool(new_tokens))
     model = NextTitle(lm, trie.trie if config.normalize == "catalogue" else None)
     stream = TrainStream(
         split,
@@ -61,14 +67,14 @@ def body(context: Context[TrainLlmConfig]) -> None:
 
     def batches(step: int, accumulation: int) -> list[Micro]:
         histories = [e.history for e in stream.batch(step)]
-        packed = training_sequences(titles, histories, config.max_history, config.max_tokens)
+        packed = training_sequences(titles, histories, config.max_history, config.max_tokens, shown)
         return [
             Micro(b.inputs, b.target_tokens, b.tokens, flops(b.tokens, len(b.targets), b.pairs))
             for b in micro_batches(packed, pad, trie, vocab, accumulation)
         ]
 
     users = split.evaluation_users("val", limit=VALIDATION_USERS)
-    held_out = [target_sequence(titles, u.history, u.target, config.max_history, config.max_tokens) for u in users]
+    held_out = [target_sequence(titles, u.history, u.target, config.max_history, config.max_tokens, shown) for u in users]
     validation = micro_batches(held_out, pad, trie, vocab)
     context.facts.update(
         n_llm=counts.total,
@@ -78,7 +84,9 @@ def body(context: Context[TrainLlmConfig]) -> None:
         normalize=config.normalize,
         shared_titles_policy=config.shared_titles,
         units_per_epoch=stream.units,
-        **titles.counts,
+        input=config.input,
+        new_tokens=len(new_tokens),
+        **(titles.counts | shown.counts),
     )
     train(
         context,
@@ -91,7 +99,15 @@ def body(context: Context[TrainLlmConfig]) -> None:
         lambda module: mean_loss(module, validation, accelerator.device),
     )
     if context.is_main:
-        save_trained(model.lm, tokenizer, config.tune, context.out, with_backbone=config.start == "random")
+        save_trained(
+            model.lm,
+            tokenizer,
+            config.tune,
+            context.out,
+            with_backbone=config.start == "random",
+            with_tokenizer=bool(new_tokens),
+            with_merged=config.save_merged,
+        )
 
 
 if __name__ == "__main__":

@@ -125,9 +125,16 @@ class Sharded:
                     safe_set_full_optimizer_state(p, value, key)
 
     def finish(self, best: Tensors) -> None:
-        if self._main:
-            for name, p in trained(self._model).items():
-                p.data = best[name]
+        whole = {name: best[name] for name in trained(self._model)} if self._main else {}
+        if self._stage == 3:  # frozen weights are shared out too, and may have to be saved
+            for name, p in self._model.named_parameters():
+                if not p.requires_grad:
+                    with deepspeed.zero.GatheredParameters([p]):
+                        if self._main:
+                            whole[name] = p.detach().cpu().clone()
+        for name, p in self._model.named_parameters():
+            if name in whole:
+                p.data = whole[name]
 
 
 def _own_part(p: Any, value: Tensor) -> Tensor:

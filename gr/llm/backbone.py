@@ -1,13 +1,15 @@
 """The backbone: a fresh Qwen3-architecture model of any size, or any causal LM of the Hugging Face hub or a local folder."""
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, Qwen3Config, Qwen3ForCausalLM
+from transformers.utils import is_flash_attn_2_available
 
 from gr.errors import UserError
 from gr.trie import Trie
@@ -53,13 +55,14 @@ def fresh_backbone(
     )
 
 
-def load_backbone(name_or_path: str | Path, max_tokens: int) -> tuple[Any, Any]:
+def load_backbone(name_or_path: str | Path, max_tokens: int, in_4bit: bool = False) -> tuple[Any, Any]:
     """(model, tokenizer) of a hub name or local folder, without any code of theirs; fp32 on CPU, their own type on a GPU.
 
-    UserError when it can't be loaded, is no causal LM, lacks weights that would then be random, or its context is shorter than
-    ``max_tokens``.
+    ``in_4bit``: its linear layers rounded to 4 bits (`_in_4bit`). UserError when it can't be loaded, is no causal LM, lacks
+    weights that would then be random, or its context is shorter than ``max_tokens``.
     """
     name = f"model {str(name_or_path)!r}"
+    quantized = _in_4bit() if in_4bit else {}
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
         model, info = AutoModelForCausalLM.from_pretrained(
@@ -69,6 +72,7 @@ def load_backbone(name_or_path: str | Path, max_tokens: int) -> tuple[Any, Any]:
             attn_implementation="sdpa",
             dtype="auto" if torch.cuda.is_available() else torch.float32,
             output_loading_info=True,
+            **quantized,
         )
     except (OSError, ValueError, SafetensorError) as error:
         safe = "; weights are read from safetensors only" if "safetensors" in str(error) else ""
@@ -81,6 +85,43 @@ def load_backbone(name_or_path: str | Path, max_tokens: int) -> tuple[Any, Any]:
     if not is_causal(model):
         raise UserError(f"{name} is no causal LM: what it predicts depends on the tokens that follow")
     return model, tokenizer
+
+
+def _in_4bit() -> dict[str, Any]:
+    """How transformers loads a model in 4-bit NormalFloat (QLoRA, arXiv 2305.14314), computing in bf16, by bitsandbytes.
+
+    UserError where there is no CUDA device or no bitsandbytes.
+    """
+    if not torch.cuda.is_available():
+        raise UserError("config.load_in_4bit needs a CUDA device, and this machine has none; leave it out")
+    if find_spec("bitsandbytes") is None:
+        raise UserError("config.load_in_4bit needs bitsandbytes, which is not installed: pip install bitsandbytes")
+    how = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+    return {"quantization_config": how, "device_map": {"": torch.cuda.current_device()}}
+
+
+def attend_by(model: Any, attention: str, precision: str) -> None:
+    """Has ``model`` compute attention by transformers' implementation ``attention``; UserError where that can't be done here."""
+    if attention == "flash_attention_2":
+        if not torch.cuda.is_available() or not is_flash_attn_2_available():
+            lacking = "a CUDA device, and this machine has none" if not torch.cuda.is_available() else "the package flash-attn"
+            raise UserError(f"config.attention: flash_attention_2 needs {lacking}; sdpa needs nothing")
+        if precision != "bf16":
+            raise UserError(f"config.attention: flash_attention_2 computes in bf16; launch.precision is {precision}")
+    try:
+        model.set_attn_implementation(attention)
+    except (ImportError, ValueError) as error:
+        words = " ".join(str(error).split())
+        raise UserError(f"config.attention: {attention} with a model of type {model.config.model_type!r}: {words}") from None
+
+
+def checkpoint_activations(model: Any) -> None:
+    """Has ``model`` keep only each block's input for the backward pass, and compute the rest again there (Chen et al. 2016, arXiv
+    1604.06174). UserError for a model that transformers can't do it with."""
+    try:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    except ValueError as error:
+        raise UserError(f"config.checkpoint_activations: {' '.join(str(error).split())}") from None
 
 
 def _limits(text: Any) -> list[int | None]:
@@ -122,7 +163,8 @@ def count(model: Any) -> Counts:
     own = {id(p): p for name, p in model.named_parameters() if "lora_" not in name}
     head = model.get_output_embeddings().weight
     embeddings = {id(p): p.numel() for p in (model.get_input_embeddings().weight, head)}
-    total = sum(p.numel() for p in own.values())
+    # Two weights of 4 bits are one element; bitsandbytes knows the shape that they had.
+    total = sum(p.quant_state.shape.numel() if hasattr(p, "quant_state") else p.numel() for p in own.values())
     text = model.config.get_text_config()
     heads = text.num_attention_heads
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads

@@ -1,5 +1,6 @@
 """LoRA (arXiv 2106.09685) on all linear layers of a backbone's blocks, sized by rank or by share of counted parameters."""
 
+from collections.abc import Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -25,23 +26,36 @@ def rank_for(model: Any, share: float) -> int:
 
 
 def add_lora(
-    model: Any, *, rank: int | None = None, share: float | None = None, alpha_per_rank: float = 2.0, dropout: float = 0.0
+    model: Any,
+    *,
+    rank: int | None = None,
+    share: float | None = None,
+    alpha_per_rank: float = 2.0,
+    dropout: float = 0.0,
+    tokens: Sequence[int] = (),
 ) -> Any:
     """Freezes ``model`` and adds adapters of ``rank``, or of the rank nearest ``share``; returns the PeftModel.
 
-    Seed torch before. An adapter's output is scaled by alpha / rank = ``alpha_per_rank``.
+    Seed torch before. An adapter's output is scaled by alpha / rank = ``alpha_per_rank``. ``tokens``: whose rows of the input and
+    output embeddings are trained too, and saved with the adapters.
     """
     if rank is None:
         if share is None:
             raise ValueError("either rank or share")
         rank = rank_for(model, share)
-    return _adapted(model, rank, alpha_per_rank * rank, dropout)
+    return _adapted(model, rank, alpha_per_rank * rank, dropout, tokens)
 
 
-def _adapted(model: Any, rank: int, alpha: float, dropout: float) -> Any:
+def _adapted(model: Any, rank: int, alpha: float, dropout: float, tokens: Sequence[int] = ()) -> Any:
     """peft's adapters on all linear layers but the output layer; UserError where it finds none."""
     config = LoraConfig(
-        task_type="CAUSAL_LM", r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules="all-linear", bias="none"
+        task_type="CAUSAL_LM",
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules="all-linear",
+        bias="none",
+        trainable_token_indices=_rows(model, tokens) if len(tokens) else None,
     )
     try:
         return get_peft_model(model, config)
@@ -50,18 +64,27 @@ def _adapted(model: Any, rank: int, alpha: float, dropout: float) -> Any:
         raise UserError(f"lora: a model of type {model.config.model_type!r} has no layer to adapt: {words}") from None
 
 
+def _rows(model: Any, tokens: Sequence[int]) -> list[int] | dict[str, list[int]]:
+    """For peft, which finds an output layer that shares the input's table by itself, and any other by its name."""
+    tables = (model.get_input_embeddings(), model.get_output_embeddings())
+    if tables[0].weight is tables[1].weight:
+        return list(tokens)
+    return {name: list(tokens) for name, module in model.named_modules() if module in tables}
+
+
 def count_lora(model: Any) -> int:
     """Counted adapter parameters."""
     return sum(p.numel() for name, p in model.named_parameters() if "lora_" in name)
 
 
 def save_adapter(model: Any, folder: Path) -> None:
-    """Writes the adapters alone, as a PEFT folder with safetensors."""
+    """Writes the adapters and trained rows alone, as a PEFT folder with safetensors."""
     model.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
-    (folder / "README.md").unlink()  # peft's form for a model card, not filled in
+    (folder / "README.md").unlink(missing_ok=True)  # peft's form for a model card, not filled in
     file = folder / "adapter_config.json"
     config = read_json(file)
-    write_json(file, config | {"target_modules": sorted(config["target_modules"])})  # a set's order is another one in each process
+    config["target_modules"] = sorted(config["target_modules"])  # a set, written in another order by each process
+    write_json(file, config)
 
 
 def merged(model: Any, folder: Path) -> Any:

@@ -3,6 +3,10 @@
 A training sequence is ``<bos> title <end> title <end> ...`` over a run of a user's items, oldest first. One causal pass predicts
 every title in it from those before it, so a run of n items is n - 1 training examples at the price of one. Sequences are padded
 on the right, where causal attention keeps padding out of sight, so no mask is needed.
+
+A history may show more of an item than is generated of it (`gr.llm.shown`): ``<bos> title (brand) <end> title (brand) <end>``.
+What is shown begins with the title, so one pass still serves: after the last token of a title the loss is that of its end,
+whatever stands there in the sequence, and the rest of what is shown is history to the titles after it.
 """
 
 from collections.abc import Sequence
@@ -13,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from gr.errors import UserError
 from gr.llm.titles import Titles, TitleTrie, token_places
 
 Ints = NDArray[np.int64]
@@ -43,50 +48,81 @@ def windows(lengths: Ints, max_history: int, max_tokens: int) -> list[tuple[int,
 
 @dataclass(frozen=True)
 class Packed:
-    """One sequence: ``tokens``, the number of tokens at its beginning that are ``context`` and no target, and the ``places`` in
-    `Titles.tokens` of the others."""
+    """One sequence: the ``tokens`` that are run, and for each target token the place ``at`` in them that predicts it, the token
+    itself and its place in `Titles.tokens`."""
 
     tokens: Ints
-    context: int
+    at: Ints
+    targets: Ints
     places: Ints
+
+    @property
+    def context(self) -> int:
+        """Tokens before the first target."""
+        return int(self.at[0]) + 1
 
 
 def pack(titles: Titles, numbers: Ints, context_titles: int) -> Packed:
     """``<bos>`` and titles ``numbers``, of which the first ``context_titles`` are no targets."""
+    return _pack(titles, numbers, titles, numbers, context_titles)
+
+
+def _pack(titles: Titles, numbers: Ints, shown: Titles, forms: Ints, context: int) -> Packed:
+    """Items whose titles are ``numbers`` and which ``shown`` has as ``forms``; the first ``context`` items are no targets."""
     bos = np.array(titles.frame.bos, dtype=np.int64)
-    places = token_places(titles, numbers)
-    context = int(titles.lengths[numbers[:context_titles]].sum())
-    return Packed(np.concatenate([bos, titles.tokens[places]]), len(bos) + context, places[context:])
+    places = token_places(titles, numbers[context:])
+    starts = len(bos) + np.cumsum(shown.lengths[forms]) - shown.lengths[forms]
+    sizes = titles.lengths[numbers[context:]]
+    within = np.arange(len(places)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    at = np.repeat(starts[context:], sizes) + within - 1
+    tokens = np.concatenate([bos, shown.tokens[token_places(shown, forms)]])
+    return Packed(tokens[: at[-1] + 1], at, titles.tokens[places], places)
 
 
-def training_sequences(titles: Titles, histories: Sequence[Items], max_history: int, max_tokens: int) -> list[Packed]:
-    """The packed sequences of users' item runs; a user with fewer than two items has none."""
-    packed = []
+def training_sequences(
+    titles: Titles, histories: Sequence[Items], max_history: int, max_tokens: int, shown: Titles | None = None
+) -> list[Packed]:
+    """The packed sequences of users' item runs; a user with fewer than two items has none. ``shown``: how items appear in a
+    history (None: by their titles)."""
+    shown, packed = shown or titles, []
     for items in histories:
-        numbers = titles.of_item[items]
-        for start, stop in windows(titles.lengths[numbers], max_history, max_tokens - len(titles.frame.bos)):
-            packed.append(pack(titles, numbers[start:stop], 1))
+        numbers, forms = titles.of_item[items], shown.of_item[items]
+        for start, stop in windows(shown.lengths[forms], max_history, max_tokens - len(titles.frame.bos)):
+            packed.append(_pack(titles, numbers[start:stop], shown, forms[start:stop], 1))
     return packed
 
 
-def target_sequence(titles: Titles, history: Items, target: int, max_history: int, max_tokens: int) -> Packed:
+def target_sequence(
+    titles: Titles, history: Items, target: int, max_history: int, max_tokens: int, shown: Titles | None = None
+) -> Packed:
     """The prompt of ``history`` and one target title."""
-    prompt = prompts(titles, [history], max_history, max_tokens)[0]
+    prompt = prompts(titles, [history], max_history, max_tokens, shown)[0]
     places = token_places(titles, titles.of_item[[target]])
-    return Packed(np.concatenate([prompt, titles.tokens[places]]), len(prompt), places)
+    tokens = titles.tokens[places]
+    return Packed(np.concatenate([prompt, tokens[:-1]]), len(prompt) - 1 + np.arange(len(places)), tokens, places)
 
 
-def prompts(titles: Titles, histories: Sequence[Items], max_history: int, max_tokens: int) -> list[Ints]:
-    """``<bos>`` and the titles of each history's newest items, leaving room in ``max_tokens`` for the longest title to follow."""
+def prompts(
+    titles: Titles, histories: Sequence[Items], max_history: int, max_tokens: int, shown: Titles | None = None
+) -> list[Ints]:
+    """``<bos>`` and each history's newest items, leaving room in ``max_tokens`` for the longest title to follow."""
+    shown = shown or titles
     bos = np.array(titles.frame.bos, dtype=np.int64)
     room = max_tokens - len(bos) - titles.longest
     result = []
     for items in histories:
-        numbers = titles.of_item[np.asarray(items)[-max_history:]]
-        newest_first = np.cumsum(titles.lengths[numbers][::-1])
+        forms = shown.of_item[np.asarray(items)[-max_history:]]
+        newest_first = np.cumsum(shown.lengths[forms][::-1])
         fit = int(np.searchsorted(newest_first, room, side="right"))
-        result.append(np.concatenate([bos, titles.tokens[token_places(titles, numbers[len(numbers) - fit :])]]))
+        result.append(np.concatenate([bos, shown.tokens[token_places(shown, forms[len(forms) - fit :])]]))
     return result
+
+
+def check_fits(titles: Titles, shown: Titles, max_tokens: int) -> None:
+    """UserError when two of the longest items don't fit one sequence: a target would be left without history."""
+    need = len(titles.frame.bos) + 2 * shown.longest
+    if max_tokens < need:
+        raise UserError(f"config.max_tokens is {max_tokens}; a history and a target of the longest item take {need} tokens")
 
 
 @dataclass(frozen=True)
@@ -112,15 +148,15 @@ class Batch:
 
 
 def batch(packed: Sequence[Packed], pad: int, trie: TitleTrie) -> Batch:
-    """Pads sequences into one batch; the last token of a sequence is only predicted, not run."""
-    sizes = np.array([len(p.tokens) - 1 for p in packed], dtype=np.int64)
+    """Pads sequences into one batch."""
+    sizes = np.array([len(p.tokens) for p in packed], dtype=np.int64)
     length = int(sizes.max())
     ids = np.full((len(packed), length), pad, dtype=np.int64)
     positions = []
     for row, p in enumerate(packed):
-        ids[row, : sizes[row]] = p.tokens[:-1]
-        positions.append(np.arange(row * length + p.context - 1, row * length + sizes[row]))
-    at, targets = np.concatenate(positions), np.concatenate([p.tokens[p.context :] for p in packed])
+        ids[row, : sizes[row]] = p.tokens
+        positions.append(row * length + p.at)
+    at, targets = np.concatenate(positions), np.concatenate([p.targets for p in packed])
     places = np.concatenate([p.places for p in packed])
     chosen = trie.branches[places] if trie.normalize == "catalogue" else np.ones(len(places), dtype=bool)
     return Batch(
@@ -140,8 +176,8 @@ def micro_batches(packed: Sequence[Packed], pad: int, trie: TitleTrie, vocab: in
     most = min(TOKENS_AT_ONCE, LOGITS_AT_ONCE // vocab) // accumulate
     groups: list[list[Packed]] = []
     for p in sorted(packed, key=lambda p: len(p.tokens), reverse=True):
-        # The first of a group is its longest.
-        if groups and len(groups[-1][0].tokens) * (len(groups[-1]) + 1) <= most:
+        # The first of a group is its longest; the token that it predicts last counts too.
+        if groups and (len(groups[-1][0].tokens) + 1) * (len(groups[-1]) + 1) <= most:
             groups[-1].append(p)
         else:
             groups.append([p])

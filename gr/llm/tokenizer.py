@@ -13,19 +13,23 @@ from gr.text import END
 
 @dataclass(frozen=True)
 class Frame:
-    """What stands around titles: ``<bos> title <end> title <end> ...``. ``bos`` is () where the tokenizer has none."""
+    """What stands around titles: ``<bos> title <end> title <end> ...``. ``bos``: with the prompt's text after it, and () where
+    the tokenizer has none and there is no text."""
 
     bos: tuple[int, ...]
     end: int
     pad: int
 
 
-def frame_of(tokenizer: Any) -> Frame:
+def frame_of(tokenizer: Any, prompt: str = "") -> Frame:
     """A fresh tokenizer ends titles with its own token, a pretrained one with the line break that its model knows.
 
-    Where the line break is no single token, the end-of-text token serves. UserError when there is neither.
+    Where the line break is no single token, the end-of-text token serves. UserError when there is neither. ``prompt``: text that
+    every sequence begins with.
     """
-    bos = () if tokenizer.bos_token_id is None else (int(tokenizer.bos_token_id),)
+    bos: tuple[int, ...] = () if tokenizer.bos_token_id is None else (int(tokenizer.bos_token_id),)
+    if prompt:
+        bos += tuple(int(token) for token in tokenizer.encode(prompt, add_special_tokens=False))
     line = tokenizer.encode("\n", add_special_tokens=False)
     if tokenizer.eos_token == END:
         end = int(tokenizer.eos_token_id)

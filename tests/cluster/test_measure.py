@@ -32,6 +32,10 @@ def measured(study_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         "evaluate_llm": {
             **test_schedule.RECALL,
             "shared_titles_policy": "expand",
+            "title_score": "mean of tokens' log-probabilities over the catalogue",
+            "users_cold": 12,
+            "recall@10_cold": 0.25,
+            "ndcg@10_cold": 0.125,
             "items_with_shared_title": 4,
             "empty_titles": 1,
             "truncated_titles": 2,
@@ -78,6 +82,10 @@ def test_a_row_says_what_its_numbers_are(measured: tuple[Plan, Store]) -> None:
     titles = ("shared_titles_policy", "items_with_shared_title", "empty_titles", "truncated_titles")
     assert [found["llmxs"][name] for name in titles] == ["expand", 4, 1, 2]
     assert [found["sidxs"][name] for name in titles] == [None] * 4
+    assert found["llmxs"]["title_score"] == "mean of tokens' log-probabilities over the catalogue"
+    cold = ("users_cold", "recall@10_cold", "ndcg@10_cold")
+    assert [found["llmxs"][name] for name in cold] == [12, 0.25, 0.125]
+    assert [found["cfpopularity"][name] for name in cold] == [None] * 3
     assert [found[name]["loss_unit"] for name in ("sidxs", "llmxs", "cfpopularity")] == [
         "nats per item", "nats per title token", None,
     ]  # fmt: skip

@@ -7,7 +7,7 @@ import pytest
 
 from cluster import plan as plans
 from cluster.plan import Node, Plan, Point, make_plan, nearest_point
-from cluster.spec import Beams, EncoderSpec, Evaluate, FreshEncoder, LlmTrain, Pretrain, SidTrain
+from cluster.spec import Beams, EncoderSpec, Evaluate, FreshEncoder, LlmTrain, Pretrain, SidTrain, TitleBeams
 from cluster.study import load_study
 from gr.data.dataset import DatasetWriter, Item, User
 from gr.errors import UserError
@@ -73,6 +73,24 @@ def test_placement_is_no_part_of_the_identity_but_processes_are(study_file: Path
     assert {(n.stage, n.processes, n.threads) for n in changed} == {("train_sid", 2, 1), ("evaluate_sid", 1, 2)}
 
 
+def test_an_evaluation_is_launched_as_the_study_says(study_file: Path) -> None:
+    before = planned(study_file)
+    shared = planned(study_file, "sid.evaluate={launch: {processes: 2, threads: 3}}")
+    changed = [n for n in shared.nodes.values() if n.id not in before.nodes]
+    assert len(changed) == 4 and {(n.stage, n.processes, n.threads) for n in changed} == {("evaluate_sid", 2, 3)}
+    assert set(planned(study_file, "sid.evaluate={launch: {threads: 2}}").nodes) == set(before.nodes)
+    with pytest.raises(UserError, match="zero"):
+        planned(study_file, "sid.evaluate={launch: {zero: 2}}")
+
+
+def test_what_ranks_titles_is_part_of_the_identity_where_it_is_not_the_sum(study_file: Path) -> None:
+    study_file.write_text(study_file.read_text() + LLM)
+    before, said = planned(study_file), planned(study_file, "llm.evaluate={length: sum}")
+    assert set(before.nodes) == set(said.nodes)
+    changed = [n for n in planned(study_file, "llm.evaluate={length: mean}").nodes.values() if n.id not in before.nodes]
+    assert {n.stage for n in changed} == {"evaluate_llm"} and all(n.config["length"] == "mean" for n in changed)
+
+
 def test_learning_rates_say_how_they_were_chosen(study_file: Path) -> None:
     plan = planned(study_file, "sid.ladder[1].lr=0.25")
     rates = {
@@ -127,7 +145,7 @@ def test_points_are_found_by_how_they_begin(study_file: Path) -> None:
         (EncoderSpec, EncodeConfig, set()),
         (FreshEncoder, TrainEncoderConfig, {"size", "seed"}),
         (Beams, EvaluateSidConfig, {"which", "users"}),
-        (Beams, EvaluateLlmConfig, {"which", "users"}),
+        (TitleBeams, EvaluateLlmConfig, {"which", "users"}),
         (Evaluate, BaselineConfig, {"method"}),
         (Evaluate, EvaluateSidConfig, {"beams", "batch"}),
     ],

@@ -275,6 +275,18 @@ def test_what_goes_with_an_llm_ladder(tmp_path: Path) -> None:
     assert "an easier task than one of items" in page
 
 
+def test_cold_targets_have_a_table_of_their_own(tmp_path: Path) -> None:
+    write_report(study(tmp_path / "old", measurements(sizes=2)))
+    assert "Cold targets" not in text(tmp_path / "old"), "of rows from before nothing is known of them"
+    cold = {"users_cold": 321, "recall@10_cold": 0.0123, "ndcg@10_cold": 0.0077}
+    rows = [r | (cold if (r["paradigm"], r["model"]) in (("llm", "r0"), ("cf", "markov")) else {}) for r in measurements(sizes=2)]
+    write_report(study(tmp_path / "new", rows))
+    page = text(tmp_path / "new").split("Cold targets")[1].split("Every run")[0]
+    assert "at most 5 interactions in the training part" in page
+    assert "LLM-as-RS r0 321 0.0123 ± 0.0000" in page and "floor co-occurrence 321 0.0123 0.0550 0.0077" in page
+    assert "r1" not in page
+
+
 def ranked(folder: Path, rows: list[dict[str, Any]], rates: dict[str, float], users: int = 2000) -> None:
     """Gives each row a ranking whose share of hits at rank 3 is its model's rate; item-kNN has other easy users."""
     luck = np.random.default_rng(3).random(users)

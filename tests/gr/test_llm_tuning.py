@@ -39,6 +39,12 @@ def test_only_what_is_said_is_trained(tune: str, trained: str) -> None:
         assert all("lora_" in name for name in names) and facts["n_trained"] == facts["n_lora"] > 0
 
 
+@pytest.mark.parametrize("tune", ["full", "head", "lora"])
+def test_what_is_trained_is_fp32_whatever_the_backbone_is(tune: str) -> None:
+    lm = made_trainable(backbone().bfloat16(), tune, LORA if tune == "lora" else None)
+    assert {p.dtype for p in lm.parameters() if p.requires_grad} == {torch.float32}
+
+
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("tune", ["full", "head"])
 def test_flops_are_those_that_torch_counts(tune: str, tied: bool) -> None:

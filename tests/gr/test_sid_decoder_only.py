@@ -52,7 +52,7 @@ def test_a_long_history_is_cut_into_windows_that_have_every_target_once(sids: Si
     items = np.random.default_rng(2).integers(0, 40, 50)
     packed = training_sequences(sid_titles(sids), [items], HISTORY, most_tokens(sids, HISTORY))
     digits = sids.tokens.shape[1]
-    targets = [p.tokens[p.context :].reshape(-1, digits) for p in packed]
+    targets = [p.targets.reshape(-1, digits) for p in packed]
     assert all(len(p.tokens) <= most_tokens(sids, HISTORY) for p in packed)
     assert np.concatenate(targets[::-1]).tolist() == sids.tokens[items[1:]].tolist()
 
