@@ -95,6 +95,7 @@ def test_killed_or_shared_an_evaluation_ends_like_an_undisturbed_one(
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_two_go_on_where_one_was_killed_and_another_configuration_takes_up_nothing(
     jobs: Jobs, evaluated: dict[str, dict[str, str]]
 ) -> None:

@@ -104,6 +104,7 @@ def test_an_array_needs_no_ray_and_ends_with_the_report(
     assert len(list((out / "slurm").glob("*.log"))) == 5
 
 
+@pytest.mark.long
 def test_a_task_of_an_array_that_is_stopped_goes_back_into_the_queue_and_the_rest_waits_for_it(
     slurm: Slurm, tmp_path: Path, capsys: pytest.CaptureFixture[str], undisturbed: list[dict[str, object]]
 ) -> None:
@@ -300,6 +301,7 @@ def test_a_study_is_stopped_requeued_and_cancelled_and_another_job_ends_it(
     assert rows(out) == undisturbed
 
 
+@pytest.mark.long
 def test_a_second_job_preempts_a_study_and_it_goes_on_to_its_report(
     slurm: Slurm, tmp_path: Path, capsys: pytest.CaptureFixture[str], undisturbed: list[dict[str, object]]
 ) -> None:
