@@ -104,7 +104,6 @@ def test_an_array_needs_no_ray_and_ends_with_the_report(
     assert len(list((out / "slurm").glob("*.log"))) == 5
 
 
-@pytest.mark.long
 def test_a_task_of_an_array_that_is_stopped_goes_back_into_the_queue_and_the_rest_waits_for_it(
     slurm: Slurm, tmp_path: Path, capsys: pytest.CaptureFixture[str], undisturbed: list[dict[str, object]]
 ) -> None:
