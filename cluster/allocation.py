@@ -12,8 +12,8 @@ from typing import Any
 
 import psutil  # type: ignore[import-untyped]
 
+from cluster.graph import Node, Plan
 from cluster.group import Group
-from cluster.plan import Node, Plan
 from cluster.store import Store, kill_group, open_store
 from gr.errors import UserError
 

@@ -118,7 +118,7 @@ def status(args: argparse.Namespace) -> int:
 
 
 def logs(args: argparse.Namespace) -> int:
-    from cluster.plan import nearest_point
+    from cluster.graph import nearest_point
     from cluster.store import open_store
 
     store, made = open_store(_here(args.folder))

@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from cluster.plan import Node, Plan
+from cluster.graph import Node, Plan
 from gr.data.dataset import Dataset
 
 START = {"plant": 2.0, "prepare": 2.0, "baseline": 2.0}

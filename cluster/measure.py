@@ -8,8 +8,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from cluster.graph import Node, Plan, Point
 from cluster.identity import canonical
-from cluster.plan import Node, Plan, Point
 from cluster.spec import METRICS
 from cluster.store import Store
 from gr.metrics import COLD, RECALL_AT

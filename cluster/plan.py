@@ -1,17 +1,15 @@
-"""The study as a graph of stages. Stages that several points share are one node."""
+"""From a study to its graph of stages. Stages that several points share are one node."""
 
-import difflib
 import re
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from cluster import tuning
+from cluster.graph import Node, Plan, Point
 from cluster.identity import identity
-from cluster.rates import Rates, SweepTrial, resolve
-from cluster.spec import EncoderSpec, LlmRung, SidRung, Study
+from cluster.rates import Rates, resolve
+from cluster.spec import EncoderSpec, LlmRung, SidRung
 from cluster.study import Loaded
 from cluster.tuning import Records
 from gr.data.dataset import Dataset
@@ -22,131 +20,6 @@ from jobs.config import INTERFACE, STAGES, Config, Launch, LeaveOneOut, Temporal
 Protocols = LeaveOneOut | Temporal
 NO_GPU = frozenset({"plant", "prepare", "baseline", "quantize"})
 WEIGHTS = re.compile(r".*\.(json|safetensors|bin|model|txt)$")
-
-
-@dataclass(frozen=True)
-class Node:
-    """One stage of one configuration. ``inputs``: name -> a node's id, or the absolute path of a folder from outside;
-    ``launch``: what its `jobs.config.Launch` says beyond processes and threads, where that is not the default."""
-
-    id: str
-    stage: str
-    config: dict[str, Any]
-    inputs: dict[str, str]
-    processes: int = 1
-    threads: int = 1
-    gpus: int = 0
-    launch: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def key(self) -> str:
-        return f"{self.stage}-{self.id}"
-
-
-@dataclass(frozen=True)
-class Point:
-    """One row of the metrics table; the last of ``nodes`` measures it."""
-
-    run_id: str
-    dataset: str
-    protocol: str
-    paradigm: str
-    model: str
-    seed: int
-    nodes: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Chain:
-    """Nodes that run one after the other in one trial; ``needs``: the nodes outside that must be finished first."""
-
-    nodes: tuple[str, ...]
-    needs: frozenset[str]
-
-
-@dataclass
-class Plan:
-    """``nodes`` are in an order in which each comes after its inputs.
-
-    ``pending``: points that are not among ``points``, because their learning rate is not known yet, each with its ladder's name,
-    with which the names of the sweeps begin that it may wait for.
-    """
-
-    study: Study
-    nodes: dict[str, Node] = field(default_factory=dict)
-    points: list[Point] = field(default_factory=list)
-    trials: list[SweepTrial] = field(default_factory=list)
-    pending: dict[str, str] = field(default_factory=dict)
-
-    def part(self, trials: list[SweepTrial], points: list[Point]) -> "Plan":
-        """The plan of some trials and points, and of what they stand on."""
-        both: list[Point | SweepTrial] = [*trials, *points]
-        needed = {node.id for one in both for node in self.upstream(one)}
-        nodes = {id: node for id, node in self.nodes.items() if id in needed}
-        return Plan(self.study, nodes, list(points), list(trials))
-
-    def upstream(self, point: Point | SweepTrial) -> list[Node]:
-        """All nodes that a point or trial stands on, its own included, inputs first."""
-        found: set[str] = set()
-        todo = list(point.nodes)
-        while todo:
-            node = todo.pop()
-            if node not in found:
-                found.add(node)
-                todo += [i for i in self.nodes[node].inputs.values() if i in self.nodes]
-        return [node for node in self.nodes.values() if node.id in found]
-
-    def points_of(self) -> dict[str, frozenset[str]]:
-        """Node -> the points and trials that stand on it."""
-        users: dict[str, set[str]] = {node: set() for node in self.nodes}
-        both: list[Point | SweepTrial] = [*self.points, *self.trials]
-        for one in both:
-            for node in self.upstream(one):
-                users[node.id].add(one.run_id)
-        return {node: frozenset(points) for node, points in users.items()}
-
-    def chains(self) -> list[Chain]:
-        """The graph cut into trials: a node joins its input's chain where the same points need both and nothing comes between.
-
-        One that needs another number of GPUs starts a trial of its own, so that none waits for an evaluation to end.
-        """
-        points, ancestors = self.points_of(), self._ancestors()
-        chains: list[list[str]] = []
-        for node in self.nodes.values():
-            inputs = {i for i in node.inputs.values() if i in self.nodes}
-            for chain in chains:
-                known = set(chain) | ancestors[chain[0]]
-                last = chain[-1]
-                alike = points[last] == points[node.id] and self.nodes[last].gpus == node.gpus
-                if last in inputs and alike and inputs <= known:
-                    chain.append(node.id)
-                    break
-            else:
-                chains.append([node.id])
-        return [Chain(tuple(chain), frozenset(self._outside(chain))) for chain in chains]
-
-    def _outside(self, chain: list[str]) -> Iterator[str]:
-        for node in chain:
-            yield from (i for i in self.nodes[node].inputs.values() if i in self.nodes and i not in chain)
-
-    def _ancestors(self) -> dict[str, set[str]]:
-        found: dict[str, set[str]] = {}
-        for node in self.nodes.values():
-            inputs = [i for i in node.inputs.values() if i in self.nodes]
-            found[node.id] = set(inputs).union(*(found[i] for i in inputs))
-        return found
-
-    def document(self) -> dict[str, Any]:
-        """plan.json."""
-        return {
-            "study": self.study.study,
-            "metric": self.study.metric,
-            "worthwhile": self.study.worthwhile,
-            "points": [asdict(point) for point in self.points],
-            "nodes": [asdict(node) for node in self.nodes.values()],
-            "trials": [asdict(trial) for trial in self.trials],
-            "pending": self.pending,
-        }
 
 
 def make_plan(loaded: Loaded, records: Records | None = None, priced: bool = False) -> Plan:
@@ -390,16 +263,3 @@ def _weights(folder: Path) -> str:
 def _checksum(file: Path, mtime_ns: int, size: int) -> str:  # noqa: ARG001 -- they tell another content of the same file
     """Read once in a process: every seed and rung of a study asks again, and large weights take seconds."""
     return sha256(file)
-
-
-def nearest_point(plan: Plan, text: str) -> Point:
-    """The point whose run_id is, or alone begins with, ``text``; UserError names the nearest ones."""
-    exact = [point for point in plan.points if point.run_id == text]
-    found = exact or [point for point in plan.points if point.run_id.startswith(text)]
-    if len(found) == 1:
-        return found[0]
-    ids = [point.run_id for point in found or plan.points]
-    if found:
-        raise UserError(f"{text}: {len(found)} points begin with it: {', '.join(ids[:6])}{' ...' if len(ids) > 6 else ''}")
-    near = difflib.get_close_matches(text, ids, n=3, cutoff=0.3) or ids[:3]
-    raise UserError(f"{text}: no such point; nearest: {', '.join(near)}")

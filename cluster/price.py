@@ -8,7 +8,7 @@ import torch
 from rich.table import Table
 
 from cluster import cost
-from cluster.plan import Node, Plan
+from cluster.graph import Node, Plan
 from cluster.progress import duration
 from cluster.store import Store
 from cluster.tuning import UNKNOWN, open_trials

@@ -12,8 +12,8 @@ from rich.live import Live
 from rich.table import Table
 
 from cluster import cost
+from cluster.graph import Node, Plan, Point
 from cluster.measure import read_row
-from cluster.plan import Node, Plan, Point
 from cluster.rates import SweepTrial
 from cluster.store import State, Store
 from cluster.tuning import Outcome, ended

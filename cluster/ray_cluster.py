@@ -19,8 +19,8 @@ from typing import Any
 
 import psutil  # type: ignore[import-untyped]
 
+from cluster.graph import Plan
 from cluster.group import grace
-from cluster.plan import Plan
 from cluster.room import Need
 from cluster.store import Store
 from gr.errors import UserError

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from cluster import tuning
+from cluster.graph import Plan
 from cluster.measure import refresh_rows
-from cluster.plan import Plan, make_plan
+from cluster.plan import make_plan
 from cluster.progress import Progress
 from cluster.ray_cluster import check_machines, check_room, connect, head_watched, machines
 from cluster.store import Failure, Stop, Store

@@ -11,8 +11,8 @@ from ray.tune.search import Searcher
 from ray.tune.stopper import Stopper
 
 from cluster import cost
+from cluster.graph import Chain, Node, Plan
 from cluster.measure import write_missing_rows
-from cluster.plan import Chain, Node, Plan
 from cluster.room import Job, Need, Room
 from cluster.store import Stop, Store
 from cluster.tuning import Records

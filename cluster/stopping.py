@@ -4,7 +4,7 @@ from typing import Any
 
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
 
-from cluster.plan import Plan
+from cluster.graph import Plan
 from cluster.rates import SweepTrial
 from cluster.store import Store
 from cluster.tuning import Outcome, Records

@@ -21,8 +21,8 @@ from typing import IO, Any, Literal
 import psutil  # type: ignore[import-untyped]
 import yaml
 
+from cluster.graph import Node, Plan, Point
 from cluster.identity import LENGTH
-from cluster.plan import Node, Plan, Point
 from cluster.rates import SweepTrial
 from gr.errors import UserError
 from gr.files import read_json, write_json

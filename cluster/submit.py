@@ -22,7 +22,7 @@ from gr.errors import UserError, first_line
 from gr.files import read_json, write_json
 
 if TYPE_CHECKING:
-    from cluster.plan import Plan
+    from cluster.graph import Plan
     from cluster.store import Store
     from jobs.config import Run
 

@@ -18,7 +18,7 @@ from gr.files import read_json, write_json
 from jobs.config import Config
 
 if TYPE_CHECKING:
-    from cluster.plan import Plan
+    from cluster.graph import Plan
     from cluster.rates import SweepTrial
     from cluster.spec import TunedOptimizer
     from cluster.store import Store

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 from transformers import Qwen3Config
 
-from cluster.plan import Plan, make_plan
+from cluster.graph import Plan
+from cluster.plan import make_plan
 from cluster.study import load_study
 from gr.errors import UserError
 

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from cluster import schedule as scheduling
-from cluster.plan import Node, Plan, make_plan
+from cluster.graph import Node, Plan
+from cluster.plan import make_plan
 from cluster.room import Need
 from cluster.schedule import Schedule
 from cluster.store import Stop, Store

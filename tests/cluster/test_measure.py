@@ -3,8 +3,9 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
+from cluster.graph import Plan
 from cluster.measure import SCHEMA, read_row, refresh_rows
-from cluster.plan import Plan, make_plan
+from cluster.plan import make_plan
 from cluster.store import Store
 from cluster.study import load_study
 from tests.cluster import test_schedule

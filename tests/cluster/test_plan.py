@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from cluster import plan as plans
-from cluster.plan import Node, Plan, Point, make_plan, nearest_point
+from cluster.graph import Node, Plan, Point, nearest_point
+from cluster.plan import make_plan
 from cluster.spec import Beams, EncoderSpec, Evaluate, FreshEncoder, LlmTrain, Pretrain, SidTrain, TitleBeams
 from cluster.study import load_study
 from gr.data.dataset import DatasetWriter, Item, User

@@ -3,7 +3,8 @@ from pathlib import Path
 import pytest
 
 from cluster import cost
-from cluster.plan import Plan, make_plan
+from cluster.graph import Plan
+from cluster.plan import make_plan
 from cluster.price import price as price_plan
 from cluster.price import price_node, table
 from cluster.study import load_study

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from cluster.plan import Plan, make_plan
+from cluster.graph import Plan
+from cluster.plan import make_plan
 from cluster.progress import Progress, Watch, duration
 from cluster.store import Store, last_line
 from cluster.study import load_study

@@ -16,7 +16,8 @@ import pytest
 import yaml
 
 from cluster import run as runs
-from cluster.plan import Plan, make_plan
+from cluster.graph import Plan
+from cluster.plan import make_plan
 from cluster.run import run_study
 from cluster.spec import Study
 from cluster.store import Store

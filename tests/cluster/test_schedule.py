@@ -8,7 +8,8 @@ import pytest
 import yaml
 from ray.tune.search import Searcher
 
-from cluster.plan import Plan, make_plan
+from cluster.graph import Plan
+from cluster.plan import make_plan
 from cluster.ray_cluster import check_room
 from cluster.room import Need
 from cluster.schedule import DIED, NO_ROOM, Schedule, need, resources

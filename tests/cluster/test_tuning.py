@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from cluster import price
 from cluster.cli import main
+from cluster.graph import Plan
 from cluster.measure import read_row
-from cluster.plan import Plan, make_plan
+from cluster.plan import make_plan
 from cluster.report import write_report
 from cluster.store import Store, open_store
 from cluster.study import load_study

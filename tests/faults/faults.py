@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 
-from cluster.plan import Node
+from cluster.graph import Node
 from tests.faults.study import Study, wait
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 import pyarrow.parquet as pq
 
-from cluster.plan import Node
+from cluster.graph import Node
 from cluster.store import open_store
 from jobs.artifact import read_manifest
 from tests.conftest import ROOT
