@@ -19,7 +19,7 @@ import yaml
 
 from cluster.sbatch import ROOT, check, checked, directives, fill, log_path, notice, seconds
 from gr.errors import UserError, first_line
-from gr.files import read_json, write_json
+from gr.files import read_json, whole_file, write_json
 
 if TYPE_CHECKING:
     from cluster.graph import Plan
@@ -258,9 +258,8 @@ def _need(program: str) -> None:
 def _write(file: Path, text: str) -> None:
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        aside = file.with_name(f".{file.name}")
-        aside.write_text(text)
-        aside.replace(file)
+        with whole_file(file) as aside:
+            aside.write_text(text)
     except OSError as error:
         raise UserError(f"{file}: can't be written ({error.strerror}); give another --out") from None
 

@@ -23,7 +23,7 @@ import pyarrow as pa
 import scipy.sparse as sp
 from numpy.typing import NDArray
 
-from gr.data.split import Split, flat_lists
+from gr.data.split import Split, training_part
 from gr.errors import UserError
 
 Method = Literal["popularity", "item-knn", "markov"]
@@ -80,23 +80,13 @@ def count_baseline(method: str, shards: Iterable[pa.Table], n_items: int) -> Bas
     counts = sp.csr_array((n_items, n_items))
     count: dict[str, Callable[..., sp.csr_array]] = {"item-knn": _shared_users, "markov": _followers}
     for shard in shards:
-        user, item = _training_part(shard)
+        user, item = training_part(shard)
         popularity += np.bincount(item, minlength=n_items)
         if method in count:
             counts = counts + count[method](user, item, n_items)
     if method == "popularity":
         return Baseline(method, popularity, None)
     return Baseline(method, popularity, _cosine_neighbours(counts) if method == "item-knn" else counts.astype(np.float32))
-
-
-def _training_part(shard: pa.Table) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The shard's training interactions as parallel arrays: user (row number, ascending) and item (oldest first)."""
-    offsets, item = flat_lists(shard["items"])
-    lengths = np.diff(offsets)
-    user = np.repeat(np.arange(lengths.size), lengths)
-    place = np.arange(item.size) - np.repeat(offsets[:-1], lengths)
-    kept = place < np.repeat(shard["n_train"].to_numpy(), lengths)
-    return user[kept], item[kept].astype(np.int64)
 
 
 def _followers(user: NDArray[np.int64], item: NDArray[np.int64], n_items: int) -> sp.csr_array:

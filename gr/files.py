@@ -23,11 +23,18 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Writes ``value`` beside ``path`` and renames it into place; NaN and infinity are refused."""
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Yields a file's name beside ``path`` to write at; it is renamed to ``path`` when the block ends without an error."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")
+    yield aside
     aside.replace(path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes ``value`` whole, see `whole_file`; NaN and infinity are refused."""
+    with whole_file(path) as aside:
+        aside.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
 def read_json(path: Path) -> Any:

@@ -10,8 +10,6 @@ A target is *cold* when the training part has at most `COLD_AT` interactions wit
 import numpy as np
 from numpy.typing import NDArray
 
-from gr.data.split import Split, flat_lists
-
 RECALL_AT = (1, 5, 10, 20)
 NDCG_AT = (5, 10, 20)
 TOP_K = 20
@@ -52,14 +50,3 @@ def cold_metrics(ranks: NDArray[np.integer], popularity: NDArray[np.integer]) ->
         metrics = ranking_metrics(cold)
         found |= {f"{name}_cold": metrics[name] for name in COLD}
     return found
-
-
-def training_popularity(split: Split) -> NDArray[np.int64]:
-    """(items,) interactions in the training part."""
-    popularity = np.zeros(split.n_items, dtype=np.int64)
-    for users in split.users(["items", "n_train"]):
-        offsets, items = flat_lists(users["items"])
-        position = np.arange(len(items)) - np.repeat(offsets[:-1], np.diff(offsets))
-        seen = position < np.repeat(users["n_train"].to_numpy(), np.diff(offsets))
-        popularity += np.bincount(items[seen], minlength=split.n_items)
-    return popularity

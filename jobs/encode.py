@@ -1,11 +1,7 @@
 """Embeds the catalogue's text by a frozen encoder, or by a reference without one."""
 
-import hashlib
-import json
 import os
-import shutil
 import time
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -15,8 +11,10 @@ from numpy.typing import NDArray
 
 from gr.data.split import Split
 from gr.errors import UserError
+from gr.files import whole_file
 from gr.sid.encoder import embed, in_order, load_encoder, most_tokens, text_batches
 from gr.sid.references import random_vectors, templated, tfidf_vectors
+from jobs.chunks import chunk_folder
 from jobs.config import EncodeConfig
 from jobs.runtime import Context, main
 
@@ -62,11 +60,7 @@ def _reference(config: EncodeConfig, texts: list[str]) -> Vectors:
 
 
 def _encoded(context: Context[EncodeConfig], texts: list[str]) -> Vectors:
-    """By a neural net, in chunks that the processes share; all of them on the first process, its own on the others.
-
-    The batches do not depend on the number of processes, so neither does a bit of the result. A chunk is a file that comes whole,
-    by a rename; the first process waits for the others' (a launcher ends them all where one fails).
-    """
+    """By a neural net, in chunks that the processes share; all of them on the first process, its own on the others."""
     config, launch = context.config, context.run.launch
     fresh = "encoder" in context.run.inputs
     model, tokenizer = load_encoder(str(context.input("encoder")) if fresh else context.model(str(config.model)))
@@ -75,13 +69,15 @@ def _encoded(context: Context[EncodeConfig], texts: list[str]) -> Vectors:
         model.bfloat16()
     batches = text_batches(tokenizer, texts, min(config.max_tokens, most_tokens(model, tokenizer)), config.batch)
     chunks = [batches[start : start + CHUNK] for start in range(0, len(batches), CHUNK)]
-    folder = _chunk_folder(context)
+    folder = chunk_folder(context)
     files = [folder / f"{number:06d}.npy" for number in range(len(chunks))]
     if found := sum(file.is_file() for file in files):
         context.log(event="resumed", done=found, of=len(files))
     for chunk, file in list(zip(chunks, files, strict=True))[context.rank :: launch.processes]:
         if not file.is_file():
-            _save(file, np.concatenate([embed(model, b, tokenizer.pad_token_id, config.pooling) for b in chunk]))
+            vectors = np.concatenate([embed(model, b, tokenizer.pad_token_id, config.pooling) for b in chunk])
+            with whole_file(file) as aside, aside.open("wb") as opened:  # a name would be given an ending
+                np.save(opened, vectors)
         context.log(done=sum(f.is_file() for f in files), of=len(files))
     context.facts.update(
         n_llm=sum(p.numel() for p in model.parameters()),
@@ -93,27 +89,6 @@ def _encoded(context: Context[EncodeConfig], texts: list[str]) -> Vectors:
     while not all(file.is_file() for file in files):
         time.sleep(0.1)
     return in_order(batches, [np.load(file) for file in files])
-
-
-def _chunk_folder(context: Context[EncodeConfig]) -> Path:
-    """Where this run's chunks lie, and those of no other configuration; removed with ``checkpoint`` when the artifact is in
-    place."""
-    signature = context.signature() | {"launch": context.run.launch.precision}
-    name = "encoded-" + hashlib.sha256(json.dumps(signature, sort_keys=True).encode()).hexdigest()[:16]
-    place = context.work / "checkpoint"
-    if context.is_main and place.is_dir():
-        for other in place.iterdir():
-            if other.name != name:
-                shutil.rmtree(other)
-    (place / name).mkdir(parents=True, exist_ok=True)
-    return place / name
-
-
-def _save(file: Path, vectors: Vectors) -> None:
-    aside = file.with_name(f".{file.name}.{os.getpid()}")
-    with aside.open("wb") as opened:
-        np.save(opened, vectors)
-    aside.replace(file)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from gr.llm.decode import rank_titles
 from gr.llm.sequences import prompts
 from gr.llm.titles import TitleTrie
 from gr.llm.tuning import load_trained
-from gr.metrics import TOP_K, training_popularity
+from gr.metrics import TOP_K
 from jobs.config import EvaluateLlmConfig, TrainLlmConfig
 from jobs.evaluation import Ranked, device, evaluate
 from jobs.llm_items import llm_items
@@ -25,7 +25,7 @@ def body(context: Context[EvaluateLlmConfig]) -> None:
     source = backbone_source(context, trained.model)
     model, tokenizer = load_trained(source, context.input("model"), trained.tune, trained.max_tokens)
     model = model.eval().to(device())
-    titles, shown, _ = llm_items(context, split, tokenizer, trained, training_popularity(split))
+    titles, shown, _ = llm_items(context, split, tokenizer, trained, split.popularity)
     trie = TitleTrie(titles, trained.normalize).to(device())
 
     def rank(histories: list[NDArray[np.int32]]) -> Ranked:

@@ -12,7 +12,7 @@ from gr.data.split import Split
 from gr.llm.decode import rank_titles
 from gr.llm.sequences import prompts
 from gr.llm.titles import TitleTrie
-from gr.metrics import ranking_metrics, training_popularity
+from gr.metrics import ranking_metrics
 from gr.sid.decode import T5Stepper
 from gr.sid.decoder_only import load_decoder_only, most_tokens, sid_titles
 from gr.sid.recommender import SidBatcher, load_t5, t5_flops
@@ -32,7 +32,7 @@ def body(context: Context[EvaluateSidConfig]) -> None:
     split = Split(context.input("split"))
     sids = SidTable.read(context.input_file("sids", "sids.parquet"))
     if sids.shared:
-        sids = replace(sids, popularity=training_popularity(split))
+        sids = replace(sids, popularity=split.popularity)
         context.facts.update(sids.tie_facts())
     trained = TrainSidConfig.model_validate(context.trained_config())
     make = _decoder_only if trained.architecture == "decoder-only" else _encoder_decoder

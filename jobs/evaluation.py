@@ -1,16 +1,11 @@
 """The one evaluation of every paradigm: the same users, the same metric code, a per-user table of ranks.
 
-Users are streamed in chunks that depend on neither the number of processes nor on what a killed run had done. A chunk's ranks are
-a file of the work folder that comes whole, by a rename: processes take chunks in turn, a run that is started again begins at the
-first that is missing, and the result is the same to the bit. Only the first process waits for the others and writes the result;
-its launcher ends all where one fails.
+Users are streamed in chunks that processes share and that a run which is started again finds done (`jobs.chunks`).
 """
 
-import hashlib
 import json
 import logging
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from itertools import islice
@@ -24,7 +19,9 @@ from numpy.typing import NDArray
 
 from gr.data.split import EvaluationUser, Split
 from gr.errors import UserError
-from gr.metrics import cold_metrics, ranking_metrics, target_ranks, training_popularity
+from gr.files import whole_file
+from gr.metrics import cold_metrics, ranking_metrics, target_ranks
+from jobs.chunks import chunk_folder
 from jobs.runtime import Context
 
 CHUNK = 4
@@ -78,21 +75,22 @@ def evaluate(
     if not total:
         raise UserError(f"{split.path}: no user has a {which} item under this protocol")
     processes = context.run.launch.processes
-    folder = _folder(context)
+    folder = chunk_folder(context)
     files = [folder / f"{number:06d}.parquet" for number in range(-(-total // (CHUNK * batch)))]
-    before = [_readable(file) for file in files]
-    old = [table for file, table in zip(files, before, strict=True) if table is not None and _time(file) < context.started]
-    if resumed := sum(table.num_rows for table in old):  # without what another process of this run has done already
+    tables = [_read(file) for file in files]
+    old = [table.num_rows for table in tables if table is not None and _numbers(table)["written"] < context.started]
+    if resumed := sum(old):  # without what another process of this run has done already
         context.log(event="resumed", done=resumed, of=total)
-    chunks = _chunks(split.evaluation_users(which, limit=users), CHUNK * batch)
     log = _Progress(context, files, CHUNK * batch, total)
-    for number, rows in enumerate(chunks):
-        if number % processes == context.rank and before[number] is None:
-            _save(files[number], _ranked(rows, batch, rank, stand_in, observe, log), context.rank)
+    for number, rows in enumerate(_chunks(split.evaluation_users(which, limit=users), CHUNK * batch)):
+        if number % processes == context.rank and tables[number] is None:
+            if files[number].is_file():
+                logger.warning("%s: damaged; its users are evaluated again", files[number])
+            tables[number] = _saved(_ranked(rows, batch, rank, stand_in, observe, log), files[number], context.rank)
     if not context.is_main:
         return None
-    tables = [_waited_for(file) for file in files]
-    numbers = [json.loads(table.schema.metadata[NUMBERS]) for table in tables]
+    tables = [_waited_for(file) if table is None else table for file, table in zip(files, tables, strict=True)]
+    numbers = [_numbers(table) for table in tables]
     table = pa.concat_tables(tables).replace_schema_metadata(None).sort_by("user")
     pq.write_table(table.select(["user", "target", "rank"]), context.out / "hits.parquet")
     busy = [sum(n["seconds"] for n in numbers if n["process"] == process) for process in {n["process"] for n in numbers}]
@@ -100,7 +98,7 @@ def evaluate(
     ranks = table["rank"].to_numpy()
     context.facts.update(
         ranking_metrics(ranks),
-        **cold_metrics(ranks, training_popularity(split)[table["target"].to_numpy()]),
+        **cold_metrics(ranks, split.popularity[table["target"].to_numpy()]),
         evaluated_users=total,
         resumed_users=resumed,
         eval_seconds=round(max(busy), 3),
@@ -164,49 +162,32 @@ class _Progress:
             self.logged = time.monotonic()
 
 
-def _folder(context: Context[Any]) -> Path:
-    """Where this run's chunks lie, and those of no other configuration; removed when the artifact is in place.
-
-    The launch is no part of it: a run may be gone on with by another number of processes.
-    """
-    signature = {key: value for key, value in context.signature().items() if key != "launch"}
-    signature["precision"] = context.run.launch.precision
-    name = "evaluated-" + hashlib.sha256(json.dumps(signature, sort_keys=True).encode()).hexdigest()[:16]
-    place = context.work / "checkpoint"
-    if context.is_main and place.is_dir():
-        for other in place.iterdir():
-            if other.name != name:
-                shutil.rmtree(other)
-    (place / name).mkdir(parents=True, exist_ok=True)
-    return place / name
+def _saved(table: pa.Table, file: Path, process: int) -> pa.Table:
+    """``table`` as `_read` finds it at ``file``."""
+    numbers = _numbers(table) | {"process": process, "written": time.time()}
+    table = table.replace_schema_metadata({NUMBERS: json.dumps(numbers)})
+    with whole_file(file) as aside:
+        pq.write_table(table, aside, write_page_checksum=True)
+    return table
 
 
-def _save(file: Path, table: pa.Table, process: int) -> None:
-    numbers = json.loads(table.schema.metadata[NUMBERS]) | {"process": process}
-    aside = file.with_name(f".{file.name}.{os.getpid()}")
-    pq.write_table(table.replace_schema_metadata({NUMBERS: json.dumps(numbers)}), aside, write_page_checksum=True)
-    aside.replace(file)
+def _numbers(table: pa.Table) -> dict[str, Any]:
+    """A chunk's own: the ``process`` that did it, its ``seconds``, ``flops``, ``missing`` beams, and when ``written``."""
+    found: dict[str, Any] = json.loads(table.schema.metadata[NUMBERS])
+    return found
 
 
-def _readable(file: Path) -> pa.Table | None:
+def _read(file: Path) -> pa.Table | None:
     """A chunk's table; None where there is none, or it is damaged and has to be done again."""
     try:
         table = pq.read_table(file, page_checksum_verification=True)
-        json.loads(table.schema.metadata[NUMBERS])
-        return table
-    except FileNotFoundError:
+        return table if "written" in _numbers(table) else None
+    except (pa.ArrowException, OSError, KeyError, TypeError, ValueError):
         return None
-    except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
-        logger.warning("%s: %s; its users are evaluated again", file, " ".join(str(error).split()))
-        file.unlink()
-        return None
-
-
-def _time(file: Path) -> float:
-    return file.stat().st_mtime
 
 
 def _waited_for(file: Path) -> pa.Table:
-    while not file.is_file():
+    """The table that another process of this run writes at ``file``."""
+    while (table := _read(file)) is None:
         time.sleep(0.1)
-    return pq.read_table(file)
+    return table

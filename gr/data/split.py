@@ -7,6 +7,7 @@ Leakage in Recommender System Offline Evaluation").
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -246,8 +247,7 @@ class _SplitWriter:
 
     def _count(self, table: pa.Table, parts: _Parts, targets: NDArray[np.int64]) -> None:
         offsets, items = flat_lists(table["items"])
-        position = np.arange(len(items)) - np.repeat(offsets[:-1], np.diff(offsets))
-        train = items[position < np.repeat(parts.n_train, np.diff(offsets))]
+        _, train = training_part(table)
         self._in_train += np.bincount(train, minlength=len(self._in_train))
         evaluated = (parts.val >= 0) | (parts.test >= 0)
         for which, place in (("val", parts.val), ("test", parts.test)):
@@ -305,6 +305,14 @@ class Split:
     def n_items(self) -> int:
         return int(self.manifest["counts"]["items"])
 
+    @cached_property
+    def popularity(self) -> NDArray[np.int64]:
+        """(items,) interactions in the training part."""
+        found = np.zeros(self.n_items, dtype=np.int64)
+        for shard in self.users(["items", "n_train"]):
+            found += np.bincount(training_part(shard)[1], minlength=self.n_items)
+        return found
+
     def items(self) -> pa.Table:
         """The catalogue, row i being item i: item, key, title, attributes."""
         return self._read(self.manifest.get("items", {"file": "items.parquet"}))
@@ -357,6 +365,16 @@ class Split:
             best = np.concatenate([best, users])
             best = best[np.argsort(_hash(best, seed), kind="stable")[:limit]]
         return best
+
+
+def training_part(shard: pa.Table) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The shard's training interactions as parallel arrays: user (row number, ascending) and item (oldest first)."""
+    offsets, item = flat_lists(shard["items"])
+    lengths = np.diff(offsets)
+    user = np.repeat(np.arange(lengths.size), lengths)
+    place = np.arange(item.size) - np.repeat(offsets[:-1], lengths)
+    kept = place < np.repeat(shard["n_train"].to_numpy(), lengths)
+    return user[kept], item[kept].astype(np.int64)
 
 
 def _hash(users: NDArray[np.int64], seed: int) -> NDArray[np.uint64]:

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from gr.data.split import Split
-from gr.metrics import COLD_AT, ranking_metrics, training_popularity
+from gr.metrics import COLD_AT, ranking_metrics
 from jobs.evaluation import CHUNK, NUMBERS
 from tests.conftest import ROOT, WORLD, Finished, Jobs
 
@@ -115,7 +115,7 @@ def test_the_cold_slice_is_of_targets_with_few_training_interactions(jobs: Jobs)
     split = jobs.run("prepare", "wide-split", {}, dataset="wide").out.name
     done = jobs.run("baseline", "cold-floor", {"method": "item-knn"}, split=split)
     hits: pa.Table = pq.read_table(done.out / "hits.parquet")
-    cold = training_popularity(Split(jobs.folder / "artifacts" / split))[hits["target"].to_numpy()] <= COLD_AT
+    cold = Split(jobs.folder / "artifacts" / split).popularity[hits["target"].to_numpy()] <= COLD_AT
     assert done.facts["users_cold"] == cold.sum() and 0 < cold.sum() < len(cold)
     expected = ranking_metrics(hits["rank"].to_numpy()[cold])
     for name in ("recall@10", "ndcg@10"):

@@ -74,7 +74,7 @@ def test_a_study_runs_over_two_nodes_to_its_report(
     assert cli.main(["submit", "slurm", *words]) == 2
     refused = capsys.readouterr().err  # names one of the two: which, depends on how far Slurm has come
     assert f"job {job} of this study is" in refused or f"job {second} of this study is" in refused
-    token = out / "work" / f"ray-token-{job}"
+    token = out / "slurm" / f"ray-token-{job}"
     until(token.is_file, "the job made its token", 60)
     assert token.stat().st_mode & 0o777 == 0o600
     until(lambda: len(token.read_text()) == 64, "the token is written", 10)
@@ -189,15 +189,10 @@ class Training:
         until(lambda: len(self.events(path)) > 1, "it trains", 120)
 
 
-def test_usr1_saves_and_the_requeued_job_ends_with_the_same_weights(
-    slurm: Slurm, training: Training, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = training.write("preempted")
-    [job] = submit(capsys, str(path), "--nodes", "2", "--cpus-per-node", "1", "--time", "30")
-    work = training.folder / "preempted" / "work"
-    training.wait_until_it_trains(path)
-    slurm("scancel", "--batch", "--signal=USR1", job)
+def saved_and_goes_on(slurm: Slurm, job: str, training: Training, path: Path) -> None:
+    """The job that was asked to end saved once, is requeued, resumes at just that step and ends with the undisturbed weights."""
     release(slurm, job)
+    work = path.with_suffix("") / "work"
     stopped = [event for event in training.events(path) if event.get("event") == "stopped"]
     assert len(stopped) == 1, log(work)
     assert not processes_of(path)
@@ -208,24 +203,32 @@ def test_usr1_saves_and_the_requeued_job_ends_with_the_same_weights(
     assert "restarts: 1" in log(work) and not processes_of(path)
 
 
+def test_usr1_saves_and_the_requeued_job_ends_with_the_same_weights(
+    slurm: Slurm, training: Training, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = training.write("preempted")
+    [job] = submit(capsys, str(path), "--nodes", "2", "--cpus-per-node", "1", "--time", "30")
+    training.wait_until_it_trains(path)
+    slurm("scancel", "--batch", "--signal=USR1", job)
+    saved_and_goes_on(slurm, job, training, path)
+
+
+def outrank(slurm: Slurm) -> None:
+    """Another job takes both nodes from one in a partition of less priority, and gives them back."""
+    urgent = ["sbatch", "--parsable", "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 1"]
+    job = slurm(*urgent).strip()
+    until(lambda: slurm.state(job) == "COMPLETED", "the second job had the nodes", 120)
+
+
 def test_a_second_job_preempts_it_and_it_ends_with_the_same_weights(
     slurm: Slurm, training: Training, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """In the grace time the step alone gets TERM: the training saves, and the shell finds out why it ended."""
     path = training.write("outranked")
     [job] = submit(capsys, str(path), "--nodes", "2", "--time", "30", "--partition", "low")
-    work = training.folder / "outranked" / "work"
     training.wait_until_it_trains(path)
-    urgent = ["sbatch", "--parsable", "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 1"]
-    second = slurm(*urgent).strip()
-    until(lambda: slurm.state(second) == "COMPLETED", "the second job had the nodes", 120)
-    release(slurm, job)
-    stopped = [event for event in training.events(path) if event.get("event") == "stopped"]
-    assert len(stopped) == 1, log(work)
-    ended(slurm, job, work)
-    resumed = [event for event in training.events(path) if event.get("event") == "resumed"]
-    assert [event["step"] for event in resumed] == [stopped[0]["step"]], log(work)
-    assert training.weights(path) == training.weights(training.undisturbed)
+    outrank(slurm)
+    saved_and_goes_on(slurm, job, training, path)
 
 
 def test_a_node_dies_and_the_job_goes_on_when_there_is_another(
@@ -310,9 +313,7 @@ def test_a_second_job_preempts_a_study_and_it_goes_on_to_its_report(
     words = [str(study), "--nodes", "2", "--cpus-per-node", "2", "--time", "10", "--partition", "low", "--out", str(out)]
     [job] = submit(capsys, *words)
     until(lambda: list(out.glob("work/*/log.txt")), "a stage runs", 120)
-    urgent = ["sbatch", "--parsable", "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 1"]
-    second = slurm(*urgent).strip()
-    until(lambda: slurm.state(second) == "COMPLETED", "the second job had the nodes", 120)
+    outrank(slurm)
     assert not processes_of(out) and not leftovers(job)
     release(slurm, job)
     ended(slurm, job, out)
