@@ -17,7 +17,8 @@ from gr.llm.lora import per_rank
 from gr.llm.sequences import TOKENS_AT_ONCE
 from gr.sid.decoder_only import decoder_only
 from gr.sid.recommender import t5
-from jobs.config import Launch, Tuning
+from jobs.llm_config import Tuning
+from jobs.options import Launch
 from jobs.sid_recipes import LENGTH_GROUPS
 from jobs.sizing import Work, activation_bytes, choose
 

@@ -13,7 +13,7 @@ from gr.errors import UserError
 @dataclass(frozen=True)
 class Node:
     """One stage of one configuration. ``inputs``: name -> a node's id, or the absolute path of a folder from outside;
-    ``launch``: what its `jobs.config.Launch` says beyond processes and threads, where that is not the default."""
+    ``launch``: what its `jobs.options.Launch` says beyond processes and threads, where that is not the default."""
 
     id: str
     stage: str

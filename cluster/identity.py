@@ -45,7 +45,7 @@ def identity(
     """The stage's identity. ``inputs``: name -> identity of the artifact, or the fingerprint of a folder from outside.
 
     Placement and paths are left out; the number of processes is in, because sums in another order give other weights, and so is
-    what else of `launch` is not the default (`jobs.config.Launch.identity`).
+    what else of `launch` is not the default (`jobs.options.Launch.identity`).
     """
     text = canonical(
         {

@@ -13,9 +13,11 @@ from cluster.spec import EncoderSpec, LlmRung, SidRung
 from cluster.study import Loaded
 from cluster.tuning import Records
 from gr.data.dataset import Dataset
+from gr.data.split import LeaveOneOut, Temporal
 from gr.errors import UserError
 from gr.files import sha256
-from jobs.config import INTERFACE, STAGES, Config, Launch, LeaveOneOut, Temporal
+from jobs.config import INTERFACE, STAGES
+from jobs.options import Config, Launch
 
 Protocols = LeaveOneOut | Temporal
 NO_GPU = frozenset({"plant", "prepare", "baseline", "quantize"})

@@ -10,32 +10,14 @@ from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag,
 from cluster.tuning import Sweep
 from cluster.yaml_lines import nearest
 from gr.data.planted import World
+from gr.data.split import Protocol
 from gr.errors import UserError
 from gr.metrics import NDCG_AT, RECALL_AT
-from jobs.config import (
-    Architecture,
-    Config,
-    Launch,
-    Length,
-    LlmTraining,
-    Method,
-    Normalize,
-    Optimizer,
-    Pooling,
-    Positive,
-    Processes,
-    Protocol,
-    QuantizeConfig,
-    RandomVectors,
-    Seed,
-    SharedTitles,
-    T5Size,
-    Template,
-    Tfidf,
-    TransformerSize,
-    Vocab,
-    Which,
-)
+from gr.terms import Length
+from jobs.config import Method, Which
+from jobs.llm_config import LlmTraining, Pretraining
+from jobs.options import Config, Launch, Optimizer, Positive, Processes, Seed, TransformerSize, Vocab
+from jobs.sid_config import EncodeConfig, QuantizeConfig, SidTraining, T5Size
 
 METRICS = tuple(f"recall@{k}" for k in RECALL_AT) + tuple(f"ndcg@{k}" for k in NDCG_AT)
 
@@ -123,20 +105,11 @@ class FreshEncoder(TransformerSize):
     optimizer: StudyOptimizer
 
 
-class EncoderSpec(Config):
-    """``fresh``: trained on the catalogue's text first; ``model``: a hub name or local path; ``tfidf``, ``random``: no net.
-
-    The other keys are those of `jobs.config.EncodeConfig`; ``launch``: how the catalogue is embedded.
-    """
+class EncoderSpec(EncodeConfig):
+    """``fresh``: trained on the catalogue's text first, in place of ``model`` or a reference without a net; ``launch``: how the
+    catalogue is embedded."""
 
     fresh: FreshEncoder | None = None
-    model: str | None = None
-    tfidf: Tfidf | None = None
-    random: RandomVectors | None = None
-    template: Template = "{text}"
-    pooling: Pooling = "mean"
-    max_tokens: Positive = 128
-    batch: Positive = 64
     launch: Launch = Launch()
 
     @model_validator(mode="after")
@@ -146,13 +119,9 @@ class EncoderSpec(Config):
         return self
 
 
-class SidTrain(Config):
-    """``architecture`` of every rung: a ladder is of one. `jobs.config.TrainSidConfig` says what the keys mean."""
+class SidTrain(SidTraining):
+    """Of every rung: a ladder is of one architecture."""
 
-    architecture: Architecture = "encoder-decoder"
-    normalize: Normalize = "catalogue"
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    max_history: Positive = 20
     optimizer: TunedOptimizer
 
 
@@ -200,26 +169,18 @@ class Sid(Config):
     evaluate: Beams = Beams()
 
 
-class Pretrain(Config):
+class Pretrain(Pretraining):
     """How the fresh backbones are trained on the catalogue's text."""
 
-    vocab: Vocab = 4000
-    max_tokens: Positive = 256
-    normalize: Normalize = "catalogue"
-    checkpoint_activations: bool = False
     optimizer: TunedOptimizer
 
 
 class LlmTrain(LlmTraining):
     """``encoder``, ``quantizer``: names from the study's ``sid``, whose SIDs ``input: sids`` and ``both`` take; the first ones
-    where left out. `jobs.config.LlmTraining` says what the other keys mean."""
+    where left out. `jobs.llm_config.LlmTraining` says what the other keys mean."""
 
     encoder: str | None = None
     quantizer: str | None = None
-    max_history: Positive = 20
-    max_tokens: Positive = 512
-    shared_titles: SharedTitles = "expand"
-    normalize: Normalize = "catalogue"
     optimizer: TunedOptimizer
 
 

@@ -15,7 +15,7 @@ from pydantic import Field, field_validator
 
 from gr.errors import UserError
 from gr.files import read_json, write_json
-from jobs.config import Config
+from jobs.options import Config
 
 if TYPE_CHECKING:
     from cluster.graph import Plan

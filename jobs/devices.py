@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
 
 from gr.errors import UserError
-from jobs.config import Launch, Optimizer
+from jobs.options import Launch, Optimizer
 from jobs.runtime import Context
 from jobs.smaller import accumulation, rejoin
 

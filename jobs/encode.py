@@ -15,8 +15,8 @@ from gr.files import whole_file
 from gr.sid.encoder import embed, in_order, load_encoder, most_tokens, text_batches
 from gr.sid.references import random_vectors, templated, tfidf_vectors
 from jobs.chunks import chunk_folder
-from jobs.config import EncodeConfig
 from jobs.runtime import Context, main
+from jobs.sid_config import EncodeConfig
 
 Vectors = NDArray[np.float32]
 CHUNK = 16

@@ -10,8 +10,9 @@ from gr.llm.sequences import prompts
 from gr.llm.titles import TitleTrie
 from gr.llm.tuning import load_trained
 from gr.metrics import TOP_K
-from jobs.config import EvaluateLlmConfig, TrainLlmConfig
+from jobs.config import EvaluateLlmConfig
 from jobs.evaluation import Ranked, device, evaluate
+from jobs.llm_config import TrainLlmConfig
 from jobs.llm_items import llm_items
 from jobs.runtime import Context, main
 from jobs.train_llm import backbone_source

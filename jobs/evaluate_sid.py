@@ -18,9 +18,10 @@ from gr.sid.decoder_only import load_decoder_only, most_tokens, sid_titles
 from gr.sid.recommender import SidBatcher, load_t5, t5_flops
 from gr.sid.sids import SidTable
 from gr.trie import Trie
-from jobs.config import EvaluateSidConfig, TrainSidConfig
+from jobs.config import EvaluateSidConfig
 from jobs.evaluation import Histories, Ranked, device, evaluate
 from jobs.runtime import Context, main
+from jobs.sid_config import TrainSidConfig
 
 Ranker = Callable[[Histories], tuple[NDArray[np.int32], float]]
 """Histories to (users, beams) numbers of SIDs, best first and -1 where there are fewer, and the FLOPs spent."""

@@ -12,7 +12,7 @@ from gr.llm.shown import generated_sids, shown_items, sids_of
 from gr.llm.titles import Titles
 from gr.llm.tokenizer import frame_of
 from gr.sid.sids import SidTable
-from jobs.config import LlmTraining, TrainLlmConfig
+from jobs.llm_config import LlmTraining, TrainLlmConfig
 from jobs.runtime import Context
 
 

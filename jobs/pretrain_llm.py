@@ -10,7 +10,7 @@ from gr.llm.sequences import Batch, Packed, micro_batches, pack
 from gr.llm.titles import Titles, TitleTrie, title_texts
 from gr.llm.tokenizer import frame_of
 from gr.text import train_tokenizer
-from jobs.config import PretrainLlmConfig
+from jobs.llm_config import PretrainLlmConfig
 from jobs.runtime import Context, main
 from jobs.trainer import Micro, accelerator_for, train
 

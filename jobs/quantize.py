@@ -15,9 +15,9 @@ from gr.sid.probe import probe_embedding, probe_factors, sample
 from gr.sid.quantizers import Quantized, product_kmeans, residual_kmeans, standardize
 from gr.sid.rqvae import rqvae
 from gr.sid.sids import collision_rate, disambiguate, sid_facts, write_sids
-from jobs.config import QuantizeConfig
 from jobs.prepare import dataset_folder
 from jobs.runtime import Context, RunFailed, main
+from jobs.sid_config import QuantizeConfig
 
 Ints = NDArray[np.int64]
 

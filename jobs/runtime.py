@@ -25,7 +25,8 @@ from pydantic import ValidationError
 from gr.errors import UserError
 from gr.files import read_object, whole_folder, write_json
 from jobs.artifact import read_manifest, write_manifest
-from jobs.config import DIVISIBLE, INPUTS, PARALLEL, STAGES, Config, Launch, Run
+from jobs.config import DIVISIBLE, INPUTS, PARALLEL, STAGES, Run
+from jobs.options import Config, Launch
 from jobs.stop import EXIT, SIGNALS
 
 C = TypeVar("C", bound=Config)

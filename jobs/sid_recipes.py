@@ -18,7 +18,7 @@ from gr.llm.titles import TitleTrie
 from gr.sid.decoder_only import decoder_only, most_tokens, sid_titles
 from gr.sid.recommender import SidBatcher, SidLoss, t5, t5_flops
 from gr.sid.sids import SidTable
-from jobs.config import TrainSidConfig
+from jobs.sid_config import TrainSidConfig
 from jobs.trainer import Batches, Micro
 
 VALIDATION_USERS = 1024

@@ -5,7 +5,7 @@ from typing import Literal, NamedTuple
 
 from gr.data.split import STREAMS
 from gr.errors import UserError
-from jobs.config import Launch
+from jobs.options import Launch
 
 BUFFERS = 600_000_000
 """Bytes that DeepSpeed's reduction and gathering buffers take at most (three of `jobs.zero.BUCKET` in fp32)."""

@@ -6,8 +6,8 @@ from gr.count import count_parameters
 from gr.data.split import Split
 from gr.sid.encoder import TextViews, contrastive_loss, fresh_encoder
 from gr.text import item_texts, train_tokenizer
-from jobs.config import TrainEncoderConfig
 from jobs.runtime import Context, main
+from jobs.sid_config import TrainEncoderConfig
 from jobs.trainer import Micro, accelerator_for, train
 
 VALIDATION_BATCH = 10**9  # a step no training reaches: its views are those of validation

@@ -14,7 +14,7 @@ from gr.llm.sequences import check_fits, micro_batches, target_sequence, trainin
 from gr.llm.shown import grow
 from gr.llm.titles import TitleTrie
 from gr.llm.tuning import made_trainable, randomised, save_trained, trained_facts, tuning_flops
-from jobs.config import TrainLlmConfig
+from jobs.llm_config import TrainLlmConfig
 from jobs.llm_items import llm_items
 from jobs.pretrain_llm import mean_loss
 from jobs.runtime import Context, main

@@ -2,8 +2,8 @@
 
 from gr.data.split import Split
 from gr.sid.sids import SidTable
-from jobs.config import TrainSidConfig
 from jobs.runtime import Context, main
+from jobs.sid_config import TrainSidConfig
 from jobs.sid_recipes import recipe
 from jobs.trainer import accelerator_for, train
 

@@ -16,8 +16,8 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from jobs.checkpoint import Checkpoints
-from jobs.config import Optimizer
 from jobs.devices import accelerator_for as accelerator_for
+from jobs.options import Optimizer
 from jobs.parallel import Loss, Parallel, Replicated, Tensors
 from jobs.runtime import Context, RunFailed, peak_memory
 from jobs.smaller import accumulation, halve, out_of_memory, restart

@@ -13,7 +13,7 @@ from accelerate import Accelerator, DeepSpeedPlugin
 from torch import Tensor, nn
 from transformers.integrations import unset_hf_deepspeed_config as unset_hf_deepspeed_config
 
-from jobs.config import Launch
+from jobs.options import Launch
 from jobs.parallel import MOMENTS, Loss, Tensors, trained
 
 if not torch.cuda.is_available():

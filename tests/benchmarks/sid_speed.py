@@ -43,7 +43,8 @@ from gr.sid.references import tfidf_vectors
 from gr.sid.sids import SidTable, disambiguate
 from gr.terms import Normalize
 from gr.trie import Trie
-from jobs.config import Optimizer, T5Size, TrainSidConfig
+from jobs.options import Optimizer
+from jobs.sid_config import T5Size, TrainSidConfig
 from jobs.sid_recipes import Recipe, recipe
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data" / "amazon-beauty"

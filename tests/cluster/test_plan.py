@@ -12,17 +12,10 @@ from cluster.spec import Beams, EncoderSpec, Evaluate, FreshEncoder, LlmTrain, P
 from cluster.study import load_study
 from gr.data.dataset import DatasetWriter, Item, User
 from gr.errors import UserError
-from jobs.config import (
-    BaselineConfig,
-    Config,
-    EncodeConfig,
-    EvaluateLlmConfig,
-    EvaluateSidConfig,
-    PretrainLlmConfig,
-    TrainEncoderConfig,
-    TrainLlmConfig,
-    TrainSidConfig,
-)
+from jobs.config import BaselineConfig, EvaluateLlmConfig, EvaluateSidConfig
+from jobs.llm_config import PretrainLlmConfig, TrainLlmConfig
+from jobs.options import Config
+from jobs.sid_config import EncodeConfig, TrainEncoderConfig, TrainSidConfig
 from tests.cluster.conftest import LLM
 
 

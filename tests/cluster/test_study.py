@@ -6,7 +6,8 @@ import pytest
 
 from cluster.study import BUILTIN, load_study
 from gr.errors import UserError
-from jobs.config import SMALLEST_VOCAB, Method
+from jobs.config import Method
+from jobs.options import SMALLEST_VOCAB
 
 
 def refused(file: Path, old: str, new: str, *overrides: str) -> str:

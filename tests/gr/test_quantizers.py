@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from gr.sid.kmeans import kmeans, nearest
 from gr.sid.quantizers import assign, product_kmeans, residual_kmeans, standardize
 from gr.sid.rqvae import DECAY, MovingAverages, rotate, rqvae
-from jobs.config import QuantizeConfig
+from jobs.sid_config import QuantizeConfig
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -14,7 +14,7 @@ from gr.errors import UserError
 from gr.sid.encoder import NO_WORD, TextViews, encode_texts, last_pool, load_encoder, mean_pool, most_tokens
 from gr.sid.references import random_vectors, templated, tfidf_vectors
 from gr.text import train_tokenizer
-from jobs.config import EncodeConfig
+from jobs.sid_config import EncodeConfig
 
 TEXTS = ["red lamp; acme", "blue chair", "green desk", "tall lamp shade"]
 SIZES = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}

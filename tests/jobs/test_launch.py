@@ -10,8 +10,8 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from jobs.config import Launch
 from jobs.launcher import command, environment
+from jobs.options import Launch
 from jobs.runtime import Context
 from tests.conftest import ROOT, Finished, Jobs
 from tests.jobs.launching import training, write

@@ -11,7 +11,7 @@ from torch import equal
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gr.metrics import ranking_metrics
-from jobs.config import TrainLlmConfig
+from jobs.llm_config import TrainLlmConfig
 from tests.conftest import Jobs
 from tests.jobs.launching import launch
 from tests.jobs.test_llm_jobs import PRETRAIN, training

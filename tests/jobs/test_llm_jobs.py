@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from gr.data.dataset import DatasetWriter, Item, User
 from gr.files import read_json, write_json
 from gr.metrics import ranking_metrics
-from jobs.config import Run, TrainLlmConfig
+from jobs.config import Run
+from jobs.llm_config import TrainLlmConfig
 from jobs.pretrain_llm import shape
 from jobs.runtime import Context
 from jobs.train_llm import backbone_source

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobs.config import Optimizer
+from jobs.options import Optimizer
 from jobs.trainer import DECAY, LEAST_LR, learning_rate
 from tests.conftest import Jobs
 

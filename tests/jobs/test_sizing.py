@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gr.errors import UserError
-from jobs.config import Launch
+from jobs.options import Launch
 from jobs.sizing import ROOM, Work, activation_bytes, choose, process_bytes
 
 WORK = st.builds(
