@@ -1,12 +1,12 @@
 """`launch: auto`: what it picks fits, wastes no device, and says so where nothing fits."""
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from gr.errors import UserError
 from jobs.options import Launch
-from jobs.sizing import ROOM, Work, activation_bytes, choose, process_bytes
+from jobs.sizing import FEW_TOKENS, ROOM, Work, activation_bytes, choose, process_bytes
 
 WORK = st.builds(
     lambda weights, share, row, batch: Work(weights, int(weights * share), row, batch * 8, weights // 30),
@@ -34,13 +34,19 @@ def test_what_is_chosen_fits_and_no_fewer_processes_would(work: Work, memory: fl
 
 
 @given(WORK, st.floats(GIB, 100 * GIB), st.integers(1, 8))
-def test_more_memory_never_takes_more_devices(work: Work, memory: float, devices: int) -> None:
+@example(Work(10_000, 10_000, 241571911.0, 8, 333), GIB, 2)  # half the memory: single rows on one device; then all rows on two
+def test_more_memory_never_takes_a_worse_launch(work: Work, memory: float, devices: int) -> None:
+    """Offloading is the worst, then micro-batches cut to a few rows, then more devices."""
+
+    def worse(launch: Launch) -> tuple[bool, bool, int]:
+        rows = work.rows(launch.processes, launch.accumulation) * work.row_tokens
+        return launch.offload == "cpu", launch.accumulation > 1 and rows < FEW_TOKENS, launch.processes
+
     try:
         less = choose(work, device_bytes=memory, devices=devices)
     except UserError:
         return
-    more = choose(work, device_bytes=2 * memory, devices=devices)
-    assert (more.offload, more.processes) <= (less.offload, less.processes) or less.offload == "cpu"
+    assert worse(choose(work, device_bytes=2 * memory, devices=devices)) <= worse(less)
 
 
 def test_what_a_few_known_sizes_get() -> None:
