@@ -12,11 +12,10 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from safetensors.torch import load_file
-from torch import equal
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gr.data.dataset import DatasetWriter, Item, User
-from gr.files import read_json, write_json
+from gr.files import read_json, read_object, write_json
 from gr.metrics import ranking_metrics
 from jobs.config import Run
 from jobs.llm_config import TrainLlmConfig
@@ -144,9 +143,10 @@ def test_killed_training_ends_like_an_undisturbed_one(jobs: Jobs, split: str, ba
     process.wait()
     done = jobs.run("train_llm", "killed", config, split=split, backbone=backbone)
     assert any(row.get("event") == "resumed" for row in done.rows)
-    calm = load_file(jobs.folder / "artifacts" / "calm" / "adapter_model.safetensors")
-    resumed = load_file(done.out / "adapter_model.safetensors")
-    assert all(equal(calm[k], resumed[k]) for k in calm)
+    calm, resumed = (read_object(folder / "artifact.json")["files"] for folder in (jobs.folder / "artifacts" / "calm", done.out))
+    assert "adapter_model.safetensors" in calm and calm == resumed, "the same checksums, of the configuration too"
+    base = Path(read_object(done.out / "adapter_config.json")["base_model_name_or_path"])
+    assert not base.is_absolute() and (done.out / base).resolve() == (jobs.folder / "artifacts" / backbone).resolve()
 
 
 @pytest.mark.slow
