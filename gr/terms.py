@@ -12,7 +12,7 @@ SharedTitles = Literal["merge", "expand", "disambiguate"]
 """What a title that several items have stands for: one item, or all of them in turn; or each gets a title of its own
 (`gr.llm.titles`)."""
 
-Gradient = Literal["straight-through", "rotation"]
+Gradient = Literal["straight-through", "rotation", "gumbel"]
 """How the gradient of an RQ-VAE's decoder reaches its encoder through the codes (`gr.sid.rqvae`)."""
 
 Codebooks = Literal["loss", "ema"]

@@ -9,12 +9,14 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from gr.sid.kmeans import kmeans, nearest
+from gr.sid.kmeans import kmeans, nearest, squared_distances
 from gr.sid.quantizers import Quantized
 from gr.terms import Codebooks, Gradient
 
 DECAY = 0.99  # of the moving averages (van den Oord et al. 2017, appendix A.1)
 LEAST_COUNT = 1e-6
+HOT, COLD = 4.0, 0.5
+"""Temperatures of `soft_codes`, at the start and at the end of a training."""
 
 
 class RQVAE(nn.Module):
@@ -30,9 +32,14 @@ class RQVAE(nn.Module):
         self.decoder = _mlp(sizes[::-1])
         self.codebooks = nn.Parameter(torch.zeros(levels, width, latent))
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
+    def forward(
+        self, x: Tensor, temperature: float | None = None, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
         """(n, d) -> codes (n, levels), reconstruction (n, d), the codebook and commitment losses (per item, mean), and the
-        (n, latent) residual that each level codes."""
+        (n, latent) residual that each level codes.
+
+        With a ``temperature`` the decoder sees `soft_codes` instead of the codes.
+        """
         z = self.encoder(x)
         residual, codes, points = z, [], []
         total = torch.zeros_like(z)
@@ -44,10 +51,13 @@ class RQVAE(nn.Module):
             commitment = commitment + (residual - vector.detach()).square().sum(1).mean()
             codes.append(code)
             points.append(residual.detach())
-            total = total + vector
-            residual = residual - vector.detach()
-        total = total.detach()
-        passed = rotate(z, total) if self.gradient == "rotation" else z + (total - z).detach()
+            taken = vector.detach() if temperature is None else soft_codes(residual, book, temperature, generator)
+            total = total + taken
+            residual = residual - taken.detach()
+        if temperature is not None:
+            passed = total
+        else:
+            passed = rotate(z, total) if self.gradient == "rotation" else z + (total - z).detach()
         return torch.stack(codes, 1), self.decoder(passed), codebook_loss, commitment, points
 
     @torch.no_grad()
@@ -86,7 +96,8 @@ def rotate(z: Tensor, quantized: Tensor) -> Tensor:
     """The rotation trick (Fifty et al. 2024, arXiv 2410.06424, section 4.2): equals ``quantized``, both (n, d); its gradient
     reaches ``z`` by the rotation and the stretch that take z there, which are held constant.
 
-    It is applied to the sum of a residual quantizer's codes, which is one vector quantizer of z with width^levels centres.
+    It is applied to the sum of a residual quantizer's codes, which is one vector quantizer of z with width^levels centres. Level
+    by level the stretch |code| / |residual| has no bound: a residual may be zero while its nearest code is not.
     """
     q = quantized.detach()
     length, aim = (v.norm(dim=1, keepdim=True).clamp(min=1e-12) for v in (z.detach(), q))
@@ -94,6 +105,20 @@ def rotate(z: Tensor, quantized: Tensor) -> Tensor:
     between = nn.functional.normalize(a + b, dim=1)
     turned = z - 2 * between * (between * z).sum(1, keepdim=True) + 2 * b * (a * z).sum(1, keepdim=True)
     out: Tensor = aim / length * turned
+    return out
+
+
+def soft_codes(points: Tensor, book: Tensor, temperature: float, generator: torch.Generator | None = None) -> Tensor:
+    """(n, d) points and (k, d) codes -> (n, d) means of the codes by softmax(-distance² / (2 v temperature) + Gumbel noise).
+
+    The Gumbel-softmax relaxation (Jang, Gu and Poole 2017, arXiv 1611.01144, eq. 2) of a draw from the posterior of a mixture of
+    equal Gaussians around the codes. v is the mean squared distance to the nearest code, per dimension: the latents' scale
+    plays no part. Unlike in the paper the noise fades with the temperature: what is left is the nearest code, which coding takes.
+    """
+    distance = squared_distances(points, book)
+    variance = distance.detach().min(1).values.mean().clamp(min=1e-12) / points.shape[1]
+    noise = -torch.empty_like(distance).exponential_(generator=generator).clamp(min=1e-12).log()
+    out: Tensor = torch.softmax(noise - distance / (2 * variance * temperature), 1) @ book
     return out
 
 
@@ -148,7 +173,8 @@ def rqvae(
     """Trains an RQ-VAE on (items, d) embeddings and codes them; deterministic by ``seed``.
 
     Loss: reconstruction + codebook + ``beta`` x commitment (van den Oord et al. 2017, eq. 3); without the codebook's where moving
-    averages (``codebooks`` "ema") do its work. The decoder's gradient passes the codes ``straight-through``, or by `rotate`.
+    averages (``codebooks`` "ema") do its work. The decoder's gradient passes the codes ``straight-through``, or by `rotate`; with
+    ``gumbel`` it reaches encoder and codebooks through `soft_codes`, whose temperature falls geometrically from `HOT` to `COLD`.
     Codes that nothing chooses are restarted after every tenth of the run, in its first half. ``kmeans_batch``: of the start.
     ``progress(step, loss)`` is called now and then. Raises FloatingPointError when the loss is not finite.
     """
@@ -162,7 +188,8 @@ def rqvae(
     every = max(1, steps // 10)
     for step in range(steps):
         rows = torch.randint(len(x), (min(batch, len(x)),), generator=generator)
-        codes, reconstruction, codebook_loss, commitment, points = model(x[rows])
+        temperature = HOT * (COLD / HOT) ** (step / steps) if gradient == "gumbel" else None
+        codes, reconstruction, codebook_loss, commitment, points = model(x[rows], temperature, generator)
         loss = (reconstruction - x[rows]).square().sum(1).mean() + beta * commitment
         if averages is None:
             loss = loss + codebook_loss

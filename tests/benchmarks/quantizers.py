@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +30,16 @@ ITEMS = Path(__file__).resolve().parents[3] / "shared" / "data" / "amazon-beauty
 SHAPES = ((3, 8), (4, 6), (2, 10))
 """Levels, and bits per level."""
 SEEDS = (0, 1, 2)
-GRADIENTS: tuple[Gradient, ...] = ("straight-through", "rotation")
-CODEBOOKS: tuple[Codebooks, ...] = ("loss", "ema")
+RQVAES: tuple[tuple[Gradient, float, Codebooks], ...] = (
+    ("straight-through", 0.25, "loss"),
+    ("straight-through", 0.25, "ema"),
+    ("rotation", 0.25, "loss"),
+    ("rotation", 0.25, "ema"),
+    ("rotation", 0.0, "loss"),
+    ("rotation", 0.0, "ema"),
+    ("gumbel", 0.25, "loss"),
+)
+"""Gradient, weight of the commitment, codebooks."""
 BOUND = 1.05
 
 
@@ -74,13 +81,14 @@ def compare(x: Tensor, levels: int, bits: int) -> bool:
         within &= ratio <= BOUND
     measured("mini-batches of 2048", x, lambda: residual_kmeans(x, levels, width, 0, batch=2048).reconstruction)
     measured("product", x, lambda: product_kmeans(x, levels, width, 0).reconstruction)
-    for gradient, codebooks in product(GRADIENTS, CODEBOOKS) if (levels, bits) == SHAPES[0] else ():
-        measured(f"rqvae, {gradient}, {codebooks}", x, partial(vae, x, levels, width, gradient, codebooks))
+    for gradient, beta, codebooks in RQVAES if (levels, bits) == SHAPES[0] else ():
+        name = f"rqvae, {gradient}, beta {beta:g}, {codebooks}"
+        measured(name, x, partial(vae, x, levels, width, gradient, beta, codebooks))
     return within
 
 
-def vae(x: Tensor, levels: int, width: int, gradient: Gradient, codebooks: Codebooks) -> Tensor:
-    settings: dict[str, Any] = {"hidden": (256, 128), "latent": 64, "beta": 0.25, "steps": 2000, "batch": 1024, "lr": 1e-3}
+def vae(x: Tensor, levels: int, width: int, gradient: Gradient, beta: float, codebooks: Codebooks) -> Tensor:
+    settings: dict[str, Any] = {"hidden": (256, 128), "latent": 64, "beta": beta, "steps": 2000, "batch": 1024, "lr": 1e-3}
     return rqvae(x, levels, width, 0, **settings, gradient=gradient, codebooks=codebooks).reconstruction
 
 

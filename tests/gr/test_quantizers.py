@@ -12,7 +12,8 @@ from pydantic import ValidationError
 
 from gr.sid.kmeans import kmeans, nearest
 from gr.sid.quantizers import assign, product_kmeans, residual_kmeans, standardize
-from gr.sid.rqvae import DECAY, MovingAverages, rotate, rqvae
+from gr.sid.rqvae import DECAY, RQVAE, MovingAverages, rotate, rqvae, soft_codes
+from gr.terms import Gradient
 from jobs.sid_config import QuantizeConfig
 
 
@@ -25,7 +26,7 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-RQVAE: dict[str, Any] = {"hidden": (32,), "latent": 8, "beta": 0.25, "batch": 128, "lr": 3e-3}
+SIZES: dict[str, Any] = {"hidden": (32,), "latent": 8, "beta": 0.25, "batch": 128, "lr": 3e-3}
 
 
 def normal(rows: int, d: int, seed: int = 0) -> torch.Tensor:
@@ -54,7 +55,7 @@ def test_a_beam_codes_better_than_the_nearest_centres_and_all_say_what_they_reco
     assert error(x, beam.reconstruction) < 0.98 * error(x, greedy.reconstruction)
     normalised = residual_kmeans(x, 3, 16, seed=0, normalize_residuals=True)
     parts = product_kmeans(x, 3, 16, seed=0)
-    vae = rqvae(x, 2, 16, seed=0, steps=20, **RQVAE)
+    vae = rqvae(x, 2, 16, seed=0, steps=20, **SIZES)
     for result in (greedy, beam, normalised, parts, vae):
         assert torch.allclose(result.rebuild(result.codes), result.reconstruction, atol=1e-5)
         chosen = result.last_book[result.codes[:, -1]]
@@ -102,6 +103,50 @@ def test_the_rotation_trick_is_exact_forward_and_keeps_angles_backward(d: int, s
     at_z = (z.grad * z.detach()).sum(1) / (z.grad.norm(dim=1) * z.detach().norm(dim=1))
     at_q = (gradient * q).sum(1) / (gradient.norm(dim=1) * q.norm(dim=1))
     assert torch.allclose(at_z, at_q), "the angle of gradient and vector is that of the paper's figure 1"
+    assert torch.allclose((z.grad * z.detach()).sum(1), (gradient * q).sum(1)), "z is drawn out as far as its code is"
+
+
+@settings(max_examples=25)
+@given(st.integers(2, 5), st.integers(0, 10_000))
+def test_the_rotation_trick_is_the_papers_matrix(d: int, seed: int) -> None:
+    z, q = normal(1, d, seed).double()[0], normal(1, d, seed + 1).double()[0]
+    jacobian = torch.autograd.functional.jacobian(lambda e: rotate(e[None], q[None])[0], z)
+    a, b = z / z.norm(), q / q.norm()
+    r = (a + b) / (a + b).norm()
+    stretch = q.norm() / z.norm()
+    paper = stretch * (torch.eye(d).double() - 2 * torch.outer(r, r) + 2 * torch.outer(b, a))
+    assert torch.allclose(jacobian, paper)
+    assert torch.allclose(jacobian @ jacobian.T, stretch**2 * torch.eye(d).double()), "a rotation, stretched"
+
+
+@settings(max_examples=25)
+@given(st.integers(2, 6), st.integers(1, 4), st.floats(0.1, 100), st.integers(0, 10_000))
+def test_soft_codes_follow_scale_and_place_and_end_as_the_nearest_code(width: int, d: int, scale: float, seed: int) -> None:
+    points, book, shift = (normal(n, d, seed + n).double() for n in (8, width, 1))
+
+    def soft(points: torch.Tensor, book: torch.Tensor, temperature: float) -> torch.Tensor:
+        return soft_codes(points, book, temperature, torch.Generator().manual_seed(seed))
+
+    once = soft(points, book, 1.0)
+    assert torch.equal(once, soft(points, book, 1.0))
+    assert torch.allclose(soft(scale * points + shift, scale * book + shift, 1.0), scale * once + shift, rtol=1e-4, atol=1e-4)
+    assert (once <= book.max(0).values + 1e-9).all() and (once >= book.min(0).values - 1e-9).all(), "a mean of codes"
+    distance = torch.cdist(points, book).sort(1).values
+    clear = distance[:, 1] - distance[:, 0] > 0.01
+    assert torch.allclose(soft(points, book, 1e-6)[clear], book[nearest(points, book)[1]][clear])
+
+
+@pytest.mark.parametrize("gradient", ["straight-through", "rotation", "gumbel"])
+def test_only_gumbel_lets_the_reconstruction_train_the_codebooks(gradient: Gradient) -> None:
+    torch.manual_seed(0)
+    x, generator = normal(50, 6), torch.Generator().manual_seed(0)
+    model = RQVAE(6, (8,), 4, 2, 5, gradient)
+    model.start_codebooks(x, generator)
+    reconstruction = model(x, 1.0 if gradient == "gumbel" else None, generator)[1]
+    (x - reconstruction).square().sum().backward()
+    books, first = model.codebooks.grad, next(model.encoder.parameters()).grad
+    assert first is not None and first.abs().sum() > 0
+    assert (books is not None and bool((books.abs().sum((1, 2)) > 0).all())) == (gradient == "gumbel")
 
 
 def test_moving_averages_follow_their_definition_and_never_end_as_no_number() -> None:
@@ -120,15 +165,21 @@ def test_moving_averages_follow_their_definition_and_never_end_as_no_number() ->
 
 
 @pytest.mark.parametrize(
-    "options", [{"gradient": "rotation"}, {"codebooks": "ema"}, {"gradient": "rotation", "codebooks": "ema"}]
+    "options",
+    [
+        {"gradient": "rotation"},
+        {"gradient": "gumbel"},
+        {"codebooks": "ema"},
+        {"gradient": "rotation", "codebooks": "ema"},
+    ],
 )
 def test_every_rqvae_learns_is_repeatable_and_unlike_the_default(options: dict[str, Any]) -> None:
     x = standardize(torch.cat([normal(60, 8, 1) * 0.1 + normal(1, 8, seed) for seed in range(2, 12)]))
-    short, long, again = (rqvae(x, 2, 8, 0, steps=steps, **RQVAE, **options) for steps in (1, 150, 150))
+    short, long, again = (rqvae(x, 2, 8, 0, steps=steps, **SIZES, **options) for steps in (1, 150, 150))
     assert torch.equal(long.reconstruction, again.reconstruction)
     assert error(x, long.reconstruction) < 0.6 * error(x, short.reconstruction)
-    assert not torch.equal(long.reconstruction, rqvae(x, 2, 8, 0, steps=150, **RQVAE).reconstruction)
-    assert long.n_parameters == rqvae(x, 2, 8, 0, steps=1, **RQVAE).n_parameters
+    assert not torch.equal(long.reconstruction, rqvae(x, 2, 8, 0, steps=150, **SIZES).reconstruction)
+    assert long.n_parameters == rqvae(x, 2, 8, 0, steps=1, **SIZES).n_parameters
 
 
 @pytest.mark.parametrize(
@@ -137,6 +188,8 @@ def test_every_rqvae_learns_is_repeatable_and_unlike_the_default(options: dict[s
         ({"method": "rqvae", "assignment_beam": 2}, "assignment_beam is an option of method residual-kmeans, not of rqvae"),
         ({"codebooks": "ema"}, "codebooks is an option of method rqvae"),
         ({"normalize_residuals": True, "assignment_beam": 2}, "give one of them"),
+        ({"method": "rqvae", "gradient": "gumbel", "codebooks": "ema"}, "trains the codebooks by their loss"),
+        ({"method": "product", "gradient": "gumbel"}, "gradient is an option of method rqvae"),
         ({"levels": 9}, "less than or equal to 8"),
     ],
 )
