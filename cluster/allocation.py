@@ -6,7 +6,6 @@ import signal
 import socket
 import sys
 import time
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -61,16 +60,18 @@ def _count(address: str) -> int:
 
 def shared_nodes(plan: Plan) -> list[Node]:
     """The stages that several points stand on, in the order in which they can run."""
-    users = Counter(node.id for point in plan.points for node in plan.upstream(point))
-    return [node for node in plan.nodes.values() if users[node.id] > 1]
+    users = plan.points_of()
+    return [node for node in plan.nodes.values() if len(users[node.id]) > 1]
 
 
 def task_nodes(plan: Plan, task: int) -> list[Node]:
-    """The stages of one task of the array: of task 0 the shared ones, of task i the i-th point's own."""
+    """The stages of one task of the array: of task 0 the shared ones, of task i the i-th point's own, its other widths last."""
     shared = shared_nodes(plan)
     if task == 0:
         return shared
-    return [node for node in plan.upstream(plan.points[task - 1]) if node not in shared]
+    point = plan.points[task - 1]
+    own = [*plan.upstream(point), *(plan.nodes[id] for id in point.widths)]
+    return [node for node in own if node not in shared]
 
 
 def task(folder: Path, number: int, module: str = "jobs") -> int:

@@ -19,7 +19,7 @@ from gr.sid.decoder_only import decoder_only
 from gr.sid.recommender import t5
 from jobs.llm_config import Tuning
 from jobs.options import Launch
-from jobs.sid_recipes import LENGTH_GROUPS
+from jobs.sid_recipes import tables_of
 from jobs.sizing import Work, activation_bytes, choose
 
 
@@ -41,14 +41,15 @@ def launch_of(loaded: Loaded, rung: SidRung | LlmRung) -> Launch:
 def _sid(sid: Sid | None, rung: SidRung) -> Work:
     assert sid is not None
     quantizer = sid.quantizers[rung.quantizer or next(iter(sid.quantizers))]
-    vocab, tokens = 1 + quantizer.levels * quantizer.width, (sid.train.max_history + 1) * (quantizer.levels + 1)
+    vocab, digits = 1 + quantizer.levels * quantizer.width, quantizer.levels + 1
+    tokens = (sid.train.user_tokens > 0) + sid.train.max_history * (digits + sid.train.separator) + digits
     sizes = rung.model_dump(include={"layers", "d_model", "heads", "d_kv", "d_ff"})
     alone = sid.train.architecture == "decoder-only"
     with torch.device("meta"):
-        model = decoder_only(vocab, **sizes, dropout=0.0) if alone else t5(vocab, **sizes, dropout=0.0)
+        model = (decoder_only if alone else t5)(vocab, **sizes, dropout=0.0, **tables_of(sid.train))
     row = activation_bytes(rung.layers * (1 if alone else 2), rung.d_model, rung.heads, tokens, vocab)
     rows = sid.train.optimizer.global_batch
-    return _work(model, None, row, rows, TOKENS_AT_ONCE // tokens if alone else -(-rows // LENGTH_GROUPS), tokens)
+    return _work(model, None, row, rows, TOKENS_AT_ONCE // tokens if alone else rows, tokens)
 
 
 def _llm(llm: Llm | None, rung: LlmRung) -> Work:

@@ -84,6 +84,7 @@ def plan(args: argparse.Namespace) -> int:
 def status(args: argparse.Namespace) -> int:
     from rich.console import Console
 
+    from cluster.graph import width_name
     from cluster.progress import Watch
     from cluster.run import failures, slots
     from cluster.store import open_store
@@ -100,6 +101,7 @@ def status(args: argparse.Namespace) -> int:
             "points": {point.run_id: watch.point_state(point) for point in made.points},
             "pending": list(made.pending),
             "trials": {trial.run_id: watch.tried(trial) for trial in made.trials},
+            "widths": {width_name(p.run_id, made.beams(id)): watch.width_state(id) for p in made.points for id in p.widths},
             "seconds_left": round(watch.seconds_left(slots())),
             "failures": [vars(failure) for failure in found],
             "slurm": queue(store.folder),
@@ -112,7 +114,8 @@ def status(args: argparse.Namespace) -> int:
     jobs = queue(store.folder)
     for job in jobs:
         print(f"slurm: job {job['job']} {job['state']} {job['time']} {job['where']}")
-    if not jobs and not store.locked() and watch.totals()["done"] < len(made.points) + len(made.pending):
+    undone = watch.totals()["done"] < len(made.points) + len(made.pending) or watch.widths_left()
+    if undone and not jobs and not store.locked():
         print("nothing runs here; the same `grscale run` goes on where it stopped")
     return 0
 
@@ -123,8 +126,8 @@ def logs(args: argparse.Namespace) -> int:
 
     store, made = open_store(_here(args.folder))
     point = nearest_point(made, args.point)
-    upstream = made.upstream(point)
-    logged = [node for node in upstream if (store.work(node) / "log.txt").is_file()]
+    stages = [*made.upstream(point), *(made.nodes[id] for id in point.widths)]
+    logged = [node for node in stages if (store.work(node) / "log.txt").is_file()]
     if not logged:
         raise UserError(f"{point.run_id}: none of its stages has started, so there is no log")
     failed = [node for node in logged if store.state(node) == "failed"]

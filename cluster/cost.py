@@ -79,10 +79,12 @@ def tokens(plan: Plan, node: Node, facts: Facts) -> int:
     quantize = upstream_config(plan, node, "quantize")
     digits = quantize["levels"] + 1 if quantize else 0
     users = config.get("users") or facts.users
+    reads = upstream_config(plan, node, "train_sid") or {}
+    read = int(reads.get("user_tokens", 0) > 0) + history * (digits + int(reads.get("separator", False)))
     if node.stage == "train_sid":
-        return int(units * (history + 1) * digits)
+        return int(units * (read + digits))
     if node.stage == "evaluate_sid":
-        return int(users * digits * (history + config["beams"]))
+        return int(users * (read + digits * config["beams"]))
     if node.stage == "train_llm":
         return int(units * min(config["max_tokens"], (history + 1) * TEXT_TOKENS))
     if node.stage == "evaluate_llm":
@@ -106,13 +108,20 @@ def size_of(plan: Plan, node: Node) -> tuple[str, dict[str, Any]] | None:
     return (DECODER_ONLY if config.get("architecture") == "decoder-only" else stage, config["size"])
 
 
+def trains_all(node: Node) -> bool:
+    """Whether the stage trains every weight of its model."""
+    return node.stage in {"train_sid", "train_encoder", "pretrain_llm"} or node.config.get("tune") == "full"
+
+
 def flops(node: Node, kind: str, n_parameters: int, n_tokens: int) -> float:
     """Of a stage that runs a model of ``kind`` (`size_of`).
 
     6 per weight and token for training, 2 for inference (Kaplan et al. 2020, section 2.1). LoRA needs no gradients of the frozen
     weights: 4 per weight and token. In an encoder-decoder a token passes one of the two stacks: half.
     """
-    per = {"train_sid": 3, "evaluate_sid": 1, "train_encoder": 6, "pretrain_llm": 6, "train_llm": 4}.get(node.stage, 2)
+    per = {"train_sid": 3, "evaluate_sid": 1, "train_encoder": 6, "pretrain_llm": 6}.get(node.stage, 2)
+    if node.stage == "train_llm":
+        per = 6 if trains_all(node) else 4
     return float(per * n_parameters * n_tokens) * (2 if kind == DECODER_ONLY else 1)
 
 
@@ -143,6 +152,8 @@ def memory(plan: Plan, node: Node) -> int:
     assert upstream is not None
     vocab = upstream["levels"] * upstream["width"] if sids else upstream["vocab"]
     parameters = layers_parameters(stage, size) + 2 * vocab * size["d_model"]
+    if sids and (reads := upstream_config(plan, node, "train_sid")):
+        parameters += reads.get("user_tokens", 0) * size["d_model"]
     facts = facts_of(plan, node)
     passed = tokens(plan, node, facts)
     if "optimizer" in config:
@@ -153,7 +164,7 @@ def memory(plan: Plan, node: Node) -> int:
         batch = passed / units * config["batch"]
         layers = 1
     held = 4.0
-    if node.stage in {"train_sid", "train_encoder", "pretrain_llm"}:
+    if trains_all(node):
         zero, n = node.launch.get("zero", 0), node.processes
         held = 4 / (n if zero == 3 else 1) + 4 / (n if zero >= 2 else 1) + 8 / (n if zero else 1)
     return int(PROGRAM_BYTES + parameters * held + batch * (68 * layers * size["d_model"] + 12 * vocab))

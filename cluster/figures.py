@@ -1,7 +1,10 @@
 """The report's figures: both paradigms' curves on one axis, as PNG and SVG bytes that depend on nothing but the numbers."""
 
 import io
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -63,29 +66,62 @@ class Curve:
 
 def draw(curves: list[Curve], floors: list[Floor], x_label: str, y_label: str) -> dict[str, bytes]:
     """``{"png": ..., "svg": ...}`` of the curves with a horizontal line for each floor."""
-    import matplotlib
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    with matplotlib.rc_context({"svg.hashsalt": "grscale", "svg.fonttype": "path", "font.size": 10}):
-        figure = Figure(figsize=(8.6, 4.8), layout="constrained")
-        FigureCanvasAgg(figure)
+    with _figure() as (figure, out):
         axes = figure.add_subplot(xscale="log", xlabel=x_label, ylabel=y_label)
         for curve in curves:
             _draw_curve(axes, curve)
         _draw_floors(axes, floors)
         axes.set_ylim(bottom=0)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(axis="y", color="#e5e5e5", linewidth=0.8)
-        axes.set_axisbelow(True)
+        _plain(axes)
         if curves:
             figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9)
-        out = {}
+    return out
+
+
+def draw_widths(curves: list[tuple[str, Curve]], y_label: str) -> dict[str, bytes]:
+    """``{"png": ..., "svg": ...}`` of the metric over the number of beams: a panel per paradigm, a line per rung, named."""
+    from matplotlib.ticker import NullLocator
+
+    paradigms = list(dict.fromkeys(curve.paradigm for _, curve in curves))
+    with _figure() as (figure, out):
+        for number, paradigm in enumerate(paradigms, start=1):
+            name = NAMES.get(paradigm, paradigm)
+            axes = figure.add_subplot(1, len(paradigms), number, xscale="log", xlabel="beams", ylabel=y_label, title=name)
+            own = [(rung, curve) for rung, curve in curves if curve.paradigm == paradigm]
+            for place, (rung, curve) in enumerate(own, start=1):
+                strength = 0.35 + 0.65 * place / len(own)
+                style = {"color": COLOURS.get(paradigm, "#555555"), "alpha": strength, "marker": "osD^v"[(place - 1) % 5]}
+                axes.errorbar(curve.mean_x, curve.mean, yerr=curve.half, capsize=3, linewidth=1.2, label=rung, **style)
+            ticks = sorted({float(x) for _, curve in own for x in curve.mean_x})
+            axes.set_xticks(ticks, [f"{x:.0f}" for x in ticks])
+            axes.xaxis.set_minor_locator(NullLocator())
+            axes.legend(frameon=False, fontsize=9)
+            _plain(axes)
+    return out
+
+
+@contextmanager
+def _figure() -> Iterator[tuple[Any, dict[str, bytes]]]:
+    """An empty figure to draw in, and where its PNG and SVG are found afterwards."""
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    out: dict[str, bytes] = {}
+    with matplotlib.rc_context({"svg.hashsalt": "grscale", "svg.fonttype": "path", "font.size": 10}):
+        figure = Figure(figsize=(8.6, 4.8), layout="constrained")
+        FigureCanvasAgg(figure)
+        yield figure, out
         for kind, metadata in (("png", {"Software": None}), ("svg", {"Date": None, "Creator": None})):
             buffer = io.BytesIO()
             figure.savefig(buffer, format=kind, dpi=150, metadata=metadata)
             out[kind] = buffer.getvalue()
-    return out
+
+
+def _plain(axes) -> None:  # type: ignore[no-untyped-def]  # matplotlib's types are not loaded here
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="#e5e5e5", linewidth=0.8)
+    axes.set_axisbelow(True)
 
 
 def _draw_curve(axes, curve: Curve) -> None:  # type: ignore[no-untyped-def]  # matplotlib's types are not loaded here

@@ -31,7 +31,8 @@ class Node:
 
 @dataclass(frozen=True)
 class Point:
-    """One row of the metrics table; the last of ``nodes`` measures it."""
+    """One row of the metrics table; the last of ``nodes`` measures it. ``widths``: evaluations of the same model with other
+    numbers of beams, which are no rows of that table."""
 
     run_id: str
     dataset: str
@@ -40,6 +41,7 @@ class Point:
     model: str
     seed: int
     nodes: tuple[str, ...]
+    widths: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ class Plan:
     def part(self, trials: list[SweepTrial], points: list[Point]) -> "Plan":
         """The plan of some trials and points, and of what they stand on."""
         both: list[Point | SweepTrial] = [*trials, *points]
-        needed = {node.id for one in both for node in self.upstream(one)}
+        needed = {node for one in both for node in self._all_of(one)}
         nodes = {id: node for id, node in self.nodes.items() if id in needed}
         return Plan(self.study, nodes, list(points), list(trials))
 
@@ -82,13 +84,21 @@ class Plan:
                 todo += [i for i in self.nodes[node].inputs.values() if i in self.nodes]
         return [node for node in self.nodes.values() if node.id in found]
 
+    def _all_of(self, one: Point | SweepTrial) -> set[str]:
+        """`upstream`, and a point's other widths, which stand on no more than it does."""
+        return {node.id for node in self.upstream(one)}.union(one.widths if isinstance(one, Point) else ())
+
+    def beams(self, node: str) -> int:
+        """Of an evaluation."""
+        return int(self.nodes[node].config["beams"])
+
     def points_of(self) -> dict[str, frozenset[str]]:
-        """Node -> the points and trials that stand on it."""
+        """Node -> the points and trials that it belongs to."""
         users: dict[str, set[str]] = {node: set() for node in self.nodes}
         both: list[Point | SweepTrial] = [*self.points, *self.trials]
         for one in both:
-            for node in self.upstream(one):
-                users[node.id].add(one.run_id)
+            for node in self._all_of(one):
+                users[node].add(one.run_id)
         return {node: frozenset(points) for node, points in users.items()}
 
     def chains(self) -> list[Chain]:
@@ -133,6 +143,11 @@ class Plan:
             "trials": [asdict(trial) for trial in self.trials],
             "pending": self.pending,
         }
+
+
+def width_name(run_id: str, beams: int) -> str:
+    """What a point's evaluation with another width is called."""
+    return f"{run_id} with {beams} beams"
 
 
 def nearest_point(plan: Plan, text: str) -> Point:

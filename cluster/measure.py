@@ -57,6 +57,14 @@ digit, which is no recall of items (docs/sid.md has the other columns of tokeniz
 ``title_score``: what ranked an LLM's titles; ``input``: what an LLM reads, "titles", "sids" or "both".
 """
 
+WIDTHS = pa.schema(
+    [(name, SCHEMA.field(name).type) for name in ("study", "run_id", "dataset", "protocol", "paradigm", "model", "seed", "beams")]
+    + [(name, SCHEMA.field(name).type) for name in (*METRICS, "invalid_beams", "infer_flops_per_user", "users_per_second")]
+    + [(name, SCHEMA.field(name).type) for name in ("eval_seconds", "evaluated_users", "evaluated_part", "evaluation")]
+)
+"""Columns of widths.parquet, as in `SCHEMA`: a row per evaluation of a point that has several widths, the point's own among them.
+Metrics @k with k over ``beams`` are null."""
+
 _TRAIN = ["n_non_embedding", "train_tokens", "train_flops", "train_seconds", "peak_memory_bytes", "loss_val"]
 _TRAIN += ["lr", "steps", "device"]
 _EVALUATE = ["infer_flops_per_user", "eval_seconds", "users_per_second", "invalid_beams", "beams", "evaluated_users", *METRICS]
@@ -128,26 +136,65 @@ def row(store: Store, plan: Plan, point: Point) -> dict[str, Any]:
 
 def write_row(store: Store, plan: Plan, point: Point) -> None:
     """Writes the point's row aside and renames it into place."""
-    path = store.row(point)
+    _write(store.row(point), pa.Table.from_pylist([row(store, plan, point)], SCHEMA))
+
+
+def _write(path: Path, table: pa.Table) -> None:
     aside = path.with_name(f".{path.name}.{os.getpid()}")
-    pq.write_table(pa.Table.from_pylist([row(store, plan, point)], SCHEMA), aside)
+    pq.write_table(table, aside)
     aside.replace(path)
 
 
 def read_row(path: Path) -> dict[str, Any] | None:
     """The row in a file; None where there is none or it is damaged, and must be written again."""
+    rows = read_rows(path)
+    return rows[0] if rows else None
+
+
+def read_rows(path: Path) -> list[dict[str, Any]] | None:
+    """A table's rows; None where there is none or it is damaged, and must be written again."""
     try:
-        return dict(pq.read_table(path).to_pylist()[0])
-    except (pa.ArrowException, OSError, IndexError):
+        return list(pq.read_table(path).to_pylist())
+    except (pa.ArrowException, OSError):
         return None
 
 
+def width_rows(store: Store, plan: Plan) -> list[dict[str, Any]]:
+    """The rows of widths.parquet, of the evaluations that are finished: by point as in the plan, then by width."""
+    found = []
+    for point in plan.points:
+        for node in sorted((point.nodes[-1], *point.widths) if point.widths else (), key=plan.beams):
+            manifest = store.manifest(plan.nodes[node])
+            if manifest is None:
+                continue
+            where = {name: getattr(point, name) for name in ("run_id", "dataset", "protocol", "paradigm", "model", "seed")}
+            known = where | {
+                "study": plan.study.study,
+                "beams": plan.beams(node),
+                "evaluated_part": plan.nodes[node].config["which"],
+                "evaluation": str(store.artifact(plan.nodes[node]).relative_to(store.folder)),
+            }
+            found.append({name: known.get(name, manifest["facts"].get(name)) for name in WIDTHS.names})
+    return found
+
+
+def _refresh_widths(store: Store, plan: Plan) -> None:
+    """Writes widths.parquet anew where it is not what the artifacts say; removes it where no point has several widths."""
+    rows = width_rows(store, plan)
+    if not rows:
+        store.widths.unlink(missing_ok=True)
+    elif read_rows(store.widths) != rows:
+        _write(store.widths, pa.Table.from_pylist(rows, WIDTHS))
+
+
 def refresh_rows(store: Store, plan: Plan) -> None:
-    """Writes the row of every finished point that has none, or one in other words or with other columns than it has now."""
+    """Writes the row of every finished point that has none, or one in other words or with other columns than it has now, and
+    the table of widths."""
     for point in plan.points:
         finished = all(store.done(node) for node in plan.upstream(point))
         if finished and read_row(store.row(point)) != row(store, plan, point):
             write_row(store, plan, point)
+    _refresh_widths(store, plan)
 
 
 def write_missing_rows(store: Store, plan: Plan, points: Iterable[Point]) -> None:

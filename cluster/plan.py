@@ -9,7 +9,7 @@ from cluster import tuning
 from cluster.graph import Node, Plan, Point
 from cluster.identity import identity
 from cluster.rates import Rates, resolve
-from cluster.spec import EncoderSpec, LlmRung, SidRung
+from cluster.spec import Beams, EncoderSpec, LlmRung, SidRung
 from cluster.study import Loaded
 from cluster.tuning import Records
 from gr.data.dataset import Dataset
@@ -93,9 +93,18 @@ class _Planner:
         except UserError as error:
             raise UserError(f"{self.loaded.where(('datasets', name, 'path'))}: datasets.{name}.path: {error}") from None
 
-    def _point(self, dataset: str, protocol: Protocols, paradigm: str, model: str, seed: int, nodes: tuple[str, ...]) -> None:
+    def _point(
+        self,
+        dataset: str,
+        protocol: Protocols,
+        paradigm: str,
+        model: str,
+        seed: int,
+        nodes: tuple[str, ...],
+        widths: tuple[str, ...] = (),
+    ) -> None:
         run_id = f"{_group(dataset, protocol, paradigm)}-{model}-s{seed}-{nodes[-1][:8]}"
-        self.plan.points.append(Point(run_id, dataset, label(protocol), paradigm, model, seed, nodes))
+        self.plan.points.append(Point(run_id, dataset, label(protocol), paradigm, model, seed, nodes, widths))
 
     def _cf(self, dataset: str, protocol: Protocols, source: str, split: str, planted: bool) -> None:
         methods = list(self.study.cf)
@@ -125,13 +134,15 @@ class _Planner:
                 continue
             trained = train(rung, optimizer, seed)
             node = self.plan.nodes[trained]
-            evaluate = self.node(
-                "evaluate_sid",
-                {**self.study.evaluate.model_dump(), **sid.evaluate.model_dump(exclude={"launch"})},
-                {"split": split, "sids": node.inputs["sids"], "model": trained},
-                *sid.evaluate.processes_and_threads(node.processes, node.threads),
-            )
-            self._point(dataset, protocol, "sid", rung.name, seed, (trained, evaluate))
+            inputs = {"split": split, "sids": node.inputs["sids"], "model": trained}
+            evaluate, *widths = self._evaluations("evaluate_sid", sid.evaluate, inputs, node)
+            self._point(dataset, protocol, "sid", rung.name, seed, (trained, evaluate), tuple(widths))
+
+    def _evaluations(self, stage: str, spec: Beams, inputs: dict[str, str], trained: Node) -> list[str]:
+        """Of a trained model: that of its point, then those with other widths."""
+        launch = spec.processes_and_threads(trained.processes, trained.threads)
+        configs = [{**self.study.evaluate.model_dump(), **spec.config(beams)} for beams in (spec.beams, *spec.widths)]
+        return [self.node(stage, config, inputs, *launch) for config in configs]
 
     def _train_sid(self, split: str, rung: SidRung, world: dict[str, str], optimizer: dict[str, Any], seed: int) -> str:
         sid = self.study.sid
@@ -195,13 +206,8 @@ class _Planner:
                 self._pending(group, rung.name, seed)
                 continue
             node = self.plan.nodes[trained]
-            evaluate = self.node(
-                "evaluate_llm",
-                {**self.study.evaluate.model_dump(), **llm.evaluate.model_dump(exclude={"launch"})},
-                {**node.inputs, "model": trained},
-                *llm.evaluate.processes_and_threads(node.processes, node.threads),
-            )
-            self._point(dataset, protocol, "llm", rung.name, seed, (trained, evaluate))
+            evaluate, *widths = self._evaluations("evaluate_llm", llm.evaluate, {**node.inputs, "model": trained}, node)
+            self._point(dataset, protocol, "llm", rung.name, seed, (trained, evaluate), tuple(widths))
 
     def _train_llm(self, inputs: dict[str, str], rung: LlmRung, optimizer: dict[str, Any], seed: int) -> str:
         assert self.study.llm is not None

@@ -18,6 +18,8 @@ from gr.sid.decoder_only import decoder_only
 from gr.sid.encoder import fresh_encoder
 from gr.sid.recommender import t5
 from jobs.config import STAGES
+from jobs.sid_config import TrainSidConfig
+from jobs.sid_recipes import tables_of
 
 
 @dataclass(frozen=True)
@@ -47,8 +49,7 @@ def price_node(plan: Plan, node: Node, done: bool) -> Price:
     total, non_embedding = _count(*sized, plan, node, facts)
     flops = cost.flops(node, sized[0], non_embedding, cost.tokens(plan, node, facts))
     rate = plan.study.resources.flops_per_second * node.processes * node.threads
-    trained = node.stage in {"train_sid", "train_encoder", "pretrain_llm"}
-    memory = node.processes * (cost.PROGRAM_BYTES + total * (16 if trained else 4))
+    memory = node.processes * (cost.PROGRAM_BYTES + total * (16 if cost.trains_all(node) else 4))
     start = cost.START.get(node.stage, cost.START_TORCH)
     return Price(
         total,
@@ -70,6 +71,7 @@ def _count(stage: str, size: dict[str, Any], plan: Plan, node: Node, facts: cost
         assert quantize is not None
         # Padding, each level's codes, and the last digit: at least as many as the items that share one SID, unknown before.
         vocab = 1 + quantize["levels"] * quantize["width"] + max(1, facts.items // quantize["width"] ** quantize["levels"])
+        size = size | tables_of(TrainSidConfig.model_validate(cost.upstream_config(plan, node, "train_sid")))
     else:
         config = cost.upstream_config(plan, node, stage)
         assert config is not None
@@ -136,6 +138,7 @@ def table(plan: Plan, document: dict[str, Any], slots: int) -> Table:
     for name in ("stage", "runs", "done", "parameters", "non-embedding", "FLOPs each", "memory", "devices", "time each"):
         found.add_column(name, justify="left" if name in ("stage", "devices") else "right")
     rungs = {node: f"{p.paradigm} {p.model}" for p in plan.points for node in p.nodes}
+    rungs |= {node: f"{p.paradigm} {p.model}, {plan.beams(node)} beams" for p in plan.points for node in p.widths}
     rungs |= {node: f"{trial.sweep} lr sweep" for trial in plan.trials for node in trial.nodes}
     groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for entry in document["nodes"]:

@@ -44,6 +44,11 @@ class Watch:
         self.took: dict[str, float] = {}
         self.points: dict[str, dict[str, Any]] = {}
         self.private = {node: point for point in plan.points for node in point.nodes}
+        self.widths = {node: point for point in plan.points for node in point.widths}
+        self.before = {
+            node: [one.id for one in plan.upstream(point) if one.id != point.nodes[-1]] for node, point in self.widths.items()
+        }
+        """What an evaluation with another width stands on."""
         self.trials = {node: trial for trial in plan.trials for node in trial.nodes}
         self.many = len({(p.dataset, p.protocol) for p in plan.points}) > 1
 
@@ -77,7 +82,7 @@ class Watch:
         if state == "done" and node.id in self.trials:
             return [f"tried {name}: {self.tried(self.trials[node.id])}"]
         if state == "done" and node.id not in self.private:
-            return [f"finished {name} in {duration(self.took[node.id])}"]
+            return [f"finished {name} in {duration(self.took[node.id])}{self._with_width(node)}"]
         return []
 
     def _measured(self, point: Point) -> str:
@@ -89,8 +94,17 @@ class Watch:
     def name(self, node: Node) -> str:
         if node.id in self.trials:
             return f"{node.stage} {self.trials[node.id].run_id}"
-        point = self.private.get(node.id)
-        return f"{node.stage} {self.rung(point)} seed {point.seed}" if point else node.key
+        point = self.private.get(node.id) or self.widths.get(node.id)
+        if point is None:
+            return node.key
+        width = f" with {self.plan.beams(node.id)} beams" if node.id in self.widths else ""
+        return f"{node.stage} {self.rung(point)} seed {point.seed}{width}"
+
+    def _with_width(self, node: Node) -> str:
+        """``: recall@10 0.0412`` of an evaluation with another width; empty for other stages, and where it has no such metric."""
+        manifest = self.store.manifest(node) if node.id in self.widths else None
+        value = manifest["facts"].get(self.plan.study.metric) if manifest else None
+        return "" if value is None else f": {self.plan.study.metric} {value:.4f}"
 
     def _outcome(self, node: str) -> Outcome | None:
         return ended(self.trials[node], self.plan, self.store) if node in self.trials else None
@@ -122,7 +136,7 @@ class Watch:
     def groups(self) -> list[Group]:
         found: dict[str, Group] = {}
         for node in self.plan.nodes.values():
-            if node.id in self.private or node.id in self.trials:
+            if node.id in self.private or node.id in self.trials or node.id in self.widths:
                 continue
             group = found.setdefault(node.stage, Group(node.stage))
             group.states[self.states[node.id]] += 1
@@ -142,7 +156,17 @@ class Watch:
                     group.now.append(f"seed {point.seed}: {node.stage.split('_')[0]} {self.doing(node)}".rstrip())
             if point.run_id in self.points:
                 group.result.append(self.points[point.run_id][self.plan.study.metric])
+        for id, point in self.widths.items():
+            name = f"{point.paradigm}, {self.plan.beams(id)} beams"
+            group = found.setdefault(name, Group(name))
+            group.states[self.width_state(id)] += 1
+            if self.states[id] == "running":
+                group.now.append(f"{self.rung(point)} seed {point.seed}: {self.doing(self.plan.nodes[id])}".rstrip(": "))
         return list(found.values())
+
+    def width_state(self, node: str) -> State:
+        """Of an evaluation with another width, which fails with its training and what that stands on."""
+        return "failed" if any(self.states[one] == "failed" for one in self.before[node]) else self.states[node]
 
     def point_state(self, point: Point) -> State:
         upstream = {self.states[node.id] for node in self.plan.upstream(point)}
@@ -158,6 +182,10 @@ class Watch:
         found: Counter[State] = Counter(self.point_state(point) for point in self.plan.points)
         found["waiting"] += len(self.plan.pending)
         return found
+
+    def widths_left(self) -> int:
+        """Evaluations with other widths that are not done and may yet be."""
+        return sum(self.width_state(node) in ("running", "waiting") for node in self.widths)
 
     def seconds_left(self, slots: int) -> float:
         """Expected work left, by how long the finished stages of each kind really took, over what can run at once."""
@@ -188,9 +216,12 @@ class Watch:
         text = f"points: {t['done']} done, {t['running']} running, {t['waiting']} waiting"
         if t["failed"]:
             text += f", {t['failed']} failed"
+        if self.widths:
+            done = sum(self.states[node] == "done" for node in self.widths)
+            text += f"; other beam widths: {done} of {len(self.widths)} done"
         running = [n for n in self.plan.nodes.values() if self.states[n.id] == "running"]
         now = "; ".join(f"{self.name(n)} {self.doing(n)}".rstrip() for n in running)
-        if t["running"] + t["waiting"]:
+        if t["running"] + t["waiting"] or self.widths_left():
             text += f"; about {duration(self.seconds_left(slots))} left" + self._unknown()
         return text + (f" | {now}" if now else "")
 
@@ -203,7 +234,7 @@ class Watch:
         t = self.totals()
         points = len(self.plan.points) + len(self.plan.pending)
         title = f"{self.plan.study.study}: {t['done']} of {points} points measured"
-        if t["done"] + t["failed"] < points:
+        if t["done"] + t["failed"] < points or self.widths_left():
             title += f", about {duration(self.seconds_left(slots))} left" + self._unknown()
         table = Table(title=title, title_justify="left")
         for name in ("", "done", "running", "waiting", "failed", metric, "now"):

@@ -24,7 +24,7 @@ from jobs.artifact import MANIFEST, read_manifest
 CACHE = Path("runs") / ".remote"
 EVERY = 5.0
 """Seconds between two looks for artifacts and rows to send."""
-_SMALL = ("study.yaml", "plan.json", "failures.json", "metrics/*.parquet", "tuning/*.json", "report/*")
+_SMALL = ("study.yaml", "plan.json", "failures.json", "widths.parquet", "metrics/*.parquet", "tuning/*.json", "report/*")
 _LOGS = ("work/*/log.txt", "work/*/failure.json", "work/*/metrics.jsonl")
 _CAUSES = {
     "NO_SUCH_BUCKET": "no such bucket; make it first",

@@ -19,6 +19,9 @@ import numpy as np
 import yaml
 
 from cluster.figures import NAMES, Curve, Floats, Floor, Line, draw
+from cluster.graph import width_name
+from cluster.report_widths import BAND, by_width, pooled_half, read_widths
+from cluster.report_widths import figure as width_figure
 from cluster.report_words import floors
 from cluster.tuning import edges
 from fit import FitError, FitResult, Saturation, explain, fit_law, saturation
@@ -29,7 +32,6 @@ Row = dict[str, Any]
 
 PARADIGMS = ("sid", "llm")
 DRAWS = 400
-BAND = 0.9
 _CEILING_SIZES = 4  # the ceiling law has 3 parameters; through 3 sizes it would run exactly
 
 
@@ -37,8 +39,8 @@ def write_report(study_dir: Path) -> dict[str, Any]:
     """Writes ``study_dir/report/`` (index.html, figures, points.csv, fit.json) from ``study_dir/metrics/*.parquet``.
 
     Returns what fit.json holds: ``study``, ``metric``, ``worthwhile`` and ``groups``, one per (dataset, protocol, paradigm) with
-    its ``verdict`` (fit's Saturation, or None with the reason in ``words``) and ``laws``. UserError if there are no rows or no
-    such metric.
+    its ``verdict`` (fit's Saturation, or None with the reason in ``words``) and ``laws``; with several beam widths ``widths``,
+    of `cluster.report_widths.by_width`. UserError if there are no rows or no such metric.
     """
     from cluster.report_tables import page
 
@@ -46,6 +48,9 @@ def write_report(study_dir: Path) -> dict[str, Any]:
     rows = _rows(study_dir, settings["metric"])
     measured = [row for row in rows if row.get("status", "ok") == "ok" and _number(row.get(settings["metric"])) is not None]
     report: dict[str, Any] = {**settings, "points": len(measured), "groups": []}
+    widths = read_widths(study_dir, {str(row.get("run_id")) for row in measured})
+    if widths:
+        report["widths"] = by_width(widths, settings["metric"], settings["worthwhile"], study_dir)
     figures: list[dict[str, Any]] = []
     for dataset, protocol in sorted({(row["dataset"], row["protocol"]) for row in measured}):
         here = [row for row in measured if (row["dataset"], row["protocol"]) == (dataset, protocol)]
@@ -55,8 +60,12 @@ def write_report(study_dir: Path) -> dict[str, Any]:
             if curve is not None:
                 report["groups"].append({"dataset": dataset, "protocol": protocol, "paradigm": paradigm, **group})
                 curves.append(curve)
-        figures += _figures(here, curves, floors(here, settings["metric"]), settings["metric"], dataset, protocol)
-    failures = _failures(study_dir, {str(row.get("run_id")) for row in measured})
+        drawn = _figures(curves, here, floors(here, settings["metric"]), settings["metric"])
+        groups = [g for g in report.get("widths", ()) if (g["dataset"], g["protocol"]) == (dataset, protocol)]
+        drawn["widths"] = width_figure(groups, widths, settings["metric"])
+        figures += _named(drawn, dataset, protocol)
+    measurements = {str(row.get("run_id")) for row in measured} | {width_name(r["run_id"], r["beams"]) for r in widths}
+    failures = _failures(study_dir, measurements)
     with whole_folder(study_dir / "report") as out:
         for figure in figures:
             for kind, content in figure["files"].items():
@@ -64,7 +73,7 @@ def write_report(study_dir: Path) -> dict[str, Any]:
             figure["src"] = "data:image/svg+xml;base64," + base64.b64encode(figure["files"]["svg"]).decode()
         (out / "points.csv").write_text(_csv(rows), encoding="utf-8")
         (out / "fit.json").write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        (out / "index.html").write_text(page(report, measured, figures, failures, study_dir), encoding="utf-8")
+        (out / "index.html").write_text(page(report, measured, figures, failures, study_dir, widths), encoding="utf-8")
     return report
 
 
@@ -248,40 +257,27 @@ def _line(fitted: FitResult, sizes: Floats, size: str, fixed: float) -> Line:
 
 def _curve(paradigm: str, x: Floats, y: Floats, lines: list[Line]) -> Curve:
     """``half``: the 90% interval of a rung's mean, from the variance within rungs pooled over the ladder."""
-    from scipy.special import stdtrit
-
-    rungs = [np.flatnonzero(x == size) for size in np.unique(x)]
-    n = np.array([len(rung) for rung in rungs])
-    dof = int(np.sum(n - 1))
-    half = None
-    if dof:
-        variance = sum(float(np.sum((y[rung] - y[rung].mean()) ** 2)) for rung in rungs) / dof
-        half = float(stdtrit(dof, (1 + BAND) / 2)) * np.sqrt(variance / n)
-    return Curve(paradigm, x, y, np.unique(x), np.array([y[rung].mean() for rung in rungs]), half, lines)
+    rungs = [y[x == size] for size in np.unique(x)]
+    return Curve(paradigm, x, y, np.unique(x), np.array([rung.mean() for rung in rungs]), pooled_half(rungs, BAND), lines)
 
 
-def _figures(
-    rows: list[Row], curves: list[Curve], lines: list[Floor], metric: str, dataset: str, protocol: str
-) -> list[dict[str, Any]]:
-    slug = re.sub(r"[^A-Za-z0-9.-]+", "-", f"{dataset}-{protocol}")
+def _figures(curves: list[Curve], rows: list[Row], lines: list[Floor], metric: str) -> dict[str, dict[str, bytes]]:
+    """What each figure of a data set and protocol is over -> its files."""
     by_flops = []
     for curve in curves:
         runs = [row for row in rows if row["paradigm"] == curve.paradigm and (_number(row.get("train_flops")) or 0) > 0]
         if runs:
             by_flops.append(_flops_curve(runs, curve.paradigm, metric))
-    out = [("parameters", "total parameters (counted)", curves)]
-    if by_flops:
-        out.append(("flops", "training FLOPs (counted)", by_flops))
+    over = [("parameters", "total parameters (counted)", curves), ("flops", "training FLOPs (counted)", by_flops)]
+    return {kind: draw(found, lines, label, metric) for kind, label, found in over if found}
+
+
+def _named(drawn: dict[str, dict[str, bytes]], dataset: str, protocol: str) -> list[dict[str, Any]]:
+    slug = re.sub(r"[^A-Za-z0-9.-]+", "-", f"{dataset}-{protocol}")
     return [
-        {
-            "name": f"{slug}-{kind}",
-            "kind": kind,
-            "dataset": dataset,
-            "protocol": protocol,
-            "files": draw(found, lines, label, metric),
-        }
-        for kind, label, found in out
-        if found
+        {"name": f"{slug}-{kind}", "kind": kind, "dataset": dataset, "protocol": protocol, "files": files}
+        for kind, files in drawn.items()
+        if files
     ]
 
 
@@ -298,11 +294,18 @@ def _flops_curve(runs: list[Row], paradigm: str, metric: str) -> Curve:
 
 
 def _failures(study_dir: Path, measured: set[str]) -> list[dict[str, str]]:
-    """Points without a measurement: those that failed, with reason and log, and those the plan has and nobody ran."""
+    """Points, and their other widths, without a measurement: those that failed, with reason and log, and those the plan has and
+    nobody ran."""
     path, plan = study_dir / "failures.json", study_dir / "plan.json"
     reasons = {str(entry["point"]): entry for entry in read_json(path)} if path.is_file() else {}
-    points = read_json(plan).get("points", []) if plan.is_file() else []
-    missing = [str(point["run_id"]) for point in points if str(point["run_id"]) not in measured]
+    document = read_json(plan) if plan.is_file() else {}
+    beams = {node["id"]: node["config"].get("beams") for node in document.get("nodes", ())}
+    planned = []
+    for point in document.get("points", ()):
+        planned.append(str(point["run_id"]))
+        if planned[-1] in measured:  # else its widths have nothing to be of
+            planned += [width_name(planned[-1], beams[node]) for node in point.get("widths", ())]
+    missing = [name for name in planned if name not in measured]
     found = [{"point": run_id, "reason": "not measured yet", "log": ""} | reasons.get(run_id, {}) for run_id in missing]
     return [{key: str(entry[key]) for key in ("point", "reason", "log")} for entry in found]
 

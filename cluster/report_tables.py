@@ -20,9 +20,14 @@ _TOKENIZER = ("sid_recall@10", "reconstruction_error", "identity_bits")
 
 
 def page(
-    report: dict[str, Any], rows: list[Row], figures: list[dict[str, Any]], failures: list[dict[str, str]], study_dir: Path
+    report: dict[str, Any],
+    rows: list[Row],
+    figures: list[dict[str, Any]],
+    failures: list[dict[str, str]],
+    study_dir: Path,
+    widths: list[Row],
 ) -> str:
-    """index.html as text, with the figures inside."""
+    """index.html as text, with the figures inside; ``widths``: the rows of widths.parquet."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
@@ -49,6 +54,11 @@ def page(
                 "points": _points(here),
                 "runs": _runs(here),
                 "cold": _cold(here),
+                "widths": _widths(
+                    [g for g in report.get("widths", ()) if (g["dataset"], g["protocol"]) == (dataset, protocol)],
+                    [row for row in widths if (row["dataset"], row["protocol"]) == (dataset, protocol)],
+                    {row["run_id"]: row.get("beams") for row in here},
+                ),
             }
         )
     return environment.get_template("report.html.j2").render(
@@ -127,6 +137,23 @@ def _cold(rows: list[Row]) -> dict[str, Any]:
         cells.append([what, name, _size(_mean(rung, "users_cold")), *metrics])
     heads = [head for cold in COLD for head in (f"{cold}, cold", f"{cold}, all")]
     return {"names": ["paradigm", "rung", "users with a cold target", *heads], "rows": cells, "most": COLD_AT}
+
+
+def _widths(groups: list[dict[str, Any]], rows: list[Row], measured_with: dict[str, int | None]) -> dict[str, Any]:
+    """One line per rung and width; ``measured_with``: the width of each point's own measurement, which is marked."""
+    cells = []
+    for group in groups:
+        for rung in group["rungs"]:
+            own = [r for r in rows if (r["paradigm"], str(r["model"])) == (group["paradigm"], rung["model"])]
+            for width in rung["widths"]:
+                here = [r for r in own if r["beams"] == width["beams"]]
+                mark = " (the points')" if any(measured_with[r["run_id"]] == r["beams"] for r in here) else ""
+                head = [NAMES.get(group["paradigm"], group["paradigm"]), rung["model"], f"{width['beams']:,}{mark}"]
+                cost = [_plain(width["users_per_second"], ".4g"), _plain(width["infer_flops_per_user"], ".3g")]
+                found = [_spread(here, name) for name in METRICS]
+                cells.append([*head, str(width["seeds"]), *found, *cost, _plain(_mean(here, "invalid_beams"), ".2%")])
+    names = ["paradigm", "rung", "beams", "seeds", *METRICS, "users/s", "FLOPs per user", "invalid beams"]
+    return {"names": names, "rows": cells, "words": [rung["words"] for group in groups for rung in group["rungs"]]}
 
 
 def _runs(rows: list[Row]) -> dict[str, Any]:

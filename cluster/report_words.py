@@ -61,7 +61,7 @@ def expectation(rows: list[Row], metric: str) -> float | None:
 def best(rows: list[Row], metric: str, study_dir: Path) -> list[str]:
     """Where each ladder's best rung stands against the floors, in a sentence each, and what the intervals hold."""
     out, told = [], False
-    against = [(floor, *_gains([r for r in rows if _is(r, floor)], metric, study_dir)) for floor in floors(rows, metric)]
+    against = [(floor, *user_gains([r for r in rows if _is(r, floor)], metric, study_dir)) for floor in floors(rows, metric)]
     for paradigm, name in NAMES.items():
         rungs: dict[str, list[Row]] = {}
         for row in rows:
@@ -71,7 +71,7 @@ def best(rows: list[Row], metric: str, study_dir: Path) -> list[str]:
             continue
         means = {model: float(np.mean([row[metric] for row in own])) for model, own in rungs.items()}
         model = max(means, key=lambda m: (means[m], m))
-        users, gains = _gains(rungs[model], metric, study_dir)
+        users, gains = user_gains(rungs[model], metric, study_dir)
         phrases = []
         for floor, their_users, theirs in against:
             paired = None
@@ -101,7 +101,7 @@ def _standing(value: float, floor: Floor, paired: Difference | None) -> str:
     return f"{side} {floor.name} ({amount}) by {sign * paired.mean:.4f} [{low:.4f}, {high:.4f}]"
 
 
-def _gains(rows: list[Row], metric: str, study_dir: Path) -> tuple[Floats | None, Floats | None]:
+def user_gains(rows: list[Row], metric: str, study_dir: Path) -> tuple[Floats | None, Floats | None]:
     """(users,) numbers and (users,) gains of a recommender, averaged over its rows (seeds), from their rankings.
 
     None where a row's ranking is not in the study folder, where the rows have different users, and for other metrics.

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster import tuning
-from cluster.graph import Plan
+from cluster.graph import Plan, Point, width_name
 from cluster.measure import refresh_rows
 from cluster.plan import make_plan
 from cluster.progress import Progress
@@ -74,11 +74,12 @@ def _run_missing(plan: Plan, part: Plan, store: Store, address: str | None, modu
 
 
 def failures(store: Store, plan: Plan) -> list[Failure]:
-    """The points without a row, each with the stage that failed."""
+    """The points without a row, and evaluations with other widths that are missing, each with the stage that failed."""
     found = [_waiting(store, plan, *pending) for pending in plan.pending.items()]
     for point in plan.points:
         undone = [node for node in plan.upstream(point) if not store.done(node)]
         if not undone:
+            found += _widths(store, plan, point)
             continue
         node = next((node for node in undone if store.failure(node) is not None), undone[0])
         why = store.failure(node)
@@ -88,6 +89,14 @@ def failures(store: Store, plan: Plan) -> list[Failure]:
             reason = f"needs {node.key}, which " + (f"failed: {why}" if why else "did not run")
         found.append(Failure(point.run_id, reason, str(store.work(node) / "log.txt"), ran=why is not None))
     return found
+
+
+def _widths(store: Store, plan: Plan, point: Point) -> Iterator[Failure]:
+    for node in (plan.nodes[id] for id in point.widths):
+        if not store.done(node):
+            why = store.failure(node)
+            name, log = width_name(point.run_id, plan.beams(node.id)), str(store.work(node) / "log.txt")
+            yield Failure(name, f"{node.stage}: {why or 'did not run'}", log, ran=why is not None)
 
 
 def _waiting(store: Store, plan: Plan, point: str, group: str) -> Failure:

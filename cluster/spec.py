@@ -5,14 +5,24 @@ import typing
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag, WrapValidator, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationInfo,
+    WrapValidator,
+    field_validator,
+    model_validator,
+)
 
 from cluster.tuning import Sweep
 from cluster.yaml_lines import nearest
 from gr.data.planted import World
 from gr.data.split import Protocol
 from gr.errors import UserError
-from gr.metrics import NDCG_AT, RECALL_AT
+from gr.metrics import NDCG_AT, RECALL_AT, TOP_K
 from gr.terms import Length
 from jobs.config import Method, Which
 from jobs.llm_config import LlmTraining, Pretraining
@@ -144,11 +154,25 @@ class SharedWork(Config):
 
 
 class Beams(Config):
-    """``launch``: where left out, one process with as many threads as all of the training's had."""
+    """``beams``: of the points' measurement, and so at least as many as the deepest metric's k. ``widths``: further numbers of
+    beams with which each trained model is evaluated, beside the table of points. ``launch``: where left out, one process with as
+    many threads as all of the training's had."""
 
-    beams: Annotated[int, Field(ge=20)] = 20
+    beams: Annotated[int, Field(ge=TOP_K)] = TOP_K
+    widths: Annotated[list[Positive], AfterValidator(_unique)] = Field(default=[])
     batch: Positive = 128
     launch: SharedWork | None = None
+
+    @field_validator("widths")
+    @classmethod
+    def _further(cls, value: list[int], info: ValidationInfo) -> list[int]:
+        if (beams := info.data.get("beams")) in value:
+            raise ValueError(f"{beams} is what beams says already; widths are further ones")
+        return value
+
+    def config(self, beams: int) -> dict[str, Any]:
+        """The job's, of one width."""
+        return {**self.model_dump(exclude={"widths", "launch"}), "beams": beams}
 
     def processes_and_threads(self, processes: int, threads: int) -> tuple[int, int]:
         """Of the evaluation, after a training by ``processes`` of ``threads`` each."""

@@ -12,7 +12,7 @@ import re
 import shutil
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,6 +66,11 @@ class Store:
 
     def row(self, point: Point) -> Path:
         return self.folder / "metrics" / f"{point.run_id}.parquet"
+
+    @property
+    def widths(self) -> Path:
+        """The table of evaluations with several beam widths."""
+        return self.folder / "widths.parquet"
 
     def manifest(self, node: Node) -> dict[str, Any] | None:
         """The finished stage's manifest; None also for a damaged artifact, which is then built again."""
@@ -258,7 +263,7 @@ def open_store(folder: Path) -> tuple[Store, Plan]:
     plan = Plan(load_study(folder / "study.yaml").study)
     try:
         plan.nodes = {node["id"]: Node(**node) for node in document["nodes"]}
-        plan.points = [Point(**{**point, "nodes": tuple(point["nodes"])}) for point in document["points"]]
+        plan.points = [_point(**point) for point in document["points"]]
         trials = document.get("trials", [])  # of a folder from before there were sweeps
         plan.trials = [SweepTrial(**{**trial, "nodes": tuple(trial["nodes"])}) for trial in trials]
         plan.pending = dict(document.get("pending", {}))
@@ -271,6 +276,11 @@ def open_store(folder: Path) -> tuple[Store, Plan]:
     store = Store(folder)
     store.check_links()
     return store, plan
+
+
+def _point(nodes: list[str], widths: Sequence[str] = (), **rest: Any) -> Point:
+    """From JSON; a folder from before there were widths has none."""
+    return Point(nodes=tuple(nodes), widths=tuple(widths), **rest)
 
 
 def _plan_document(file: Path) -> dict[str, Any]:

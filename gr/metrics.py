@@ -7,6 +7,9 @@ NDCG@k = 1/log2(1 + rank) for a hit within k (Järvelin and Kekäläinen 2002, w
 A target is *cold* when the training part has at most `COLD_AT` interactions with it.
 """
 
+import re
+from collections.abc import Mapping
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -37,6 +40,13 @@ def ranking_metrics(ranks: NDArray[np.integer]) -> dict[str, float]:
     gain = np.zeros(ranks.shape)
     gain[found] = 1.0 / np.log2(1.0 + ranks[found])
     return metrics | {f"ndcg@{k}": float(np.mean(np.where(ranks <= k, gain, 0.0))) for k in NDCG_AT}
+
+
+def within(metrics: Mapping[str, float], returned: int) -> dict[str, float]:
+    """Of ``metrics`` (``recall@10``, ``ndcg@10_cold``, ...) those @k with k at most ``returned``, the length of the ranked lists,
+    and what is not @k."""
+    depths = {name: re.search(r"@(\d+)", name) for name in metrics}
+    return {name: metrics[name] for name, k in depths.items() if k is None or int(k[1]) <= returned}
 
 
 def cold_metrics(ranks: NDArray[np.integer], popularity: NDArray[np.integer]) -> dict[str, float]:

@@ -35,7 +35,7 @@ def body(context: Context[BaselineConfig]) -> None:
         context.facts["n_cf"] = baseline.n_cf
     context.facts["device"] = "cpu"
     context.facts["train_seconds"] = round(time.monotonic() - began, 3)
-    evaluate(context, split, config.which, config.users, 512, lambda histories: Ranked(rank(histories, TOP_K)))
+    evaluate(context, split, config.which, config.users, 512, lambda users: Ranked(rank([u.history for u in users], TOP_K)))
     context.facts["peak_memory_bytes"] = peak_memory()
 
 

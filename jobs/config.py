@@ -4,12 +4,13 @@ Everything here changes a stage's result and is part of its identity, but for th
 """
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
 from gr.data.planted import World
 from gr.data.split import LeaveOneOut, Protocol
+from gr.metrics import TOP_K
 from gr.terms import Length
 from jobs.llm_config import PretrainLlmConfig, TrainLlmConfig
 from jobs.options import Config, Launch, Positive, without_defaults
@@ -28,7 +29,9 @@ class PrepareConfig(Config):
 
 
 class EvaluateSidConfig(Config):
-    beams: Annotated[int, Field(ge=20)] = 20
+    """With fewer ``beams`` than a metric's k the metric is not reported."""
+
+    beams: Positive = TOP_K
     which: Which = "test"
     users: Positive | None = None
     batch: Positive = 128

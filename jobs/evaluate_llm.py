@@ -2,9 +2,8 @@
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from gr.data.split import Split
+from gr.data.split import EvaluationUser, Split
 from gr.llm.decode import rank_titles
 from gr.llm.sequences import prompts
 from gr.llm.titles import TitleTrie
@@ -29,12 +28,12 @@ def body(context: Context[EvaluateLlmConfig]) -> None:
     titles, shown, _ = llm_items(context, split, tokenizer, trained, split.popularity)
     trie = TitleTrie(titles, trained.normalize).to(device())
 
-    def rank(histories: list[NDArray[np.int32]]) -> Ranked:
-        some = prompts(titles, histories, trained.max_history, trained.max_tokens, shown)
+    def rank(users: list[EvaluationUser]) -> Ranked:
+        some = prompts(titles, [u.history for u in users], trained.max_history, trained.max_tokens, shown)
         ranked, _, spent = rank_titles(model, trie, some, config.beams, config.length)
         return Ranked(titles.ranked_items(ranked, TOP_K).astype(np.int32), spent, int((ranked < 0).sum()))
 
-    done = evaluate(context, split, config.which, config.users, config.batch, rank, titles.stand_in)
+    done = evaluate(context, split, config.which, config.users, config.batch, rank, titles.stand_in, returned=config.beams)
     if done is None:
         return
     context.facts.update(

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from gr.data.split import EvaluationUser, Split
 from gr.errors import UserError
 from gr.files import whole_file
-from gr.metrics import cold_metrics, ranking_metrics, target_ranks
+from gr.metrics import TOP_K, cold_metrics, ranking_metrics, target_ranks, within
 from jobs.chunks import chunk_folder
 from jobs.runtime import Context
 
@@ -30,7 +30,6 @@ that a batch holds little padding."""
 LOG_SECONDS = 1.0
 NUMBERS = b"grscale"
 """Key of a chunk's own numbers in the metadata of its file."""
-Histories = list[NDArray[np.int32]]
 logger = logging.getLogger(__name__)
 
 
@@ -43,7 +42,7 @@ class Ranked(NamedTuple):
     missing: int = 0
 
 
-Rank = Callable[[Histories], Ranked]
+Rank = Callable[[list[EvaluationUser]], Ranked]
 Observe = Callable[[NDArray[np.int64]], dict[str, NDArray[np.int32]]]
 
 
@@ -64,11 +63,13 @@ def evaluate(
     rank: Rank,
     stand_in: Callable[[int], int] = lambda item: item,
     observe: Observe | None = None,
+    returned: int = TOP_K,
 ) -> Evaluated | None:
     """Ranks every user's items and writes hits.parquet and the metrics into the facts; None on all processes but the first.
 
     ``stand_in(item)``: the item that a hit on ``item`` is looked for as, where the ranking has one item for several.
-    ``observe(targets)`` is called after each batch with its (users,) targets, for more numbers per user.
+    ``observe(targets)`` is called after each batch with its (users,) targets, for more numbers per user. ``returned``: the
+    length of a ranking; metrics that look deeper are left out.
     """
     total = split.counts[f"{which}_users"]
     total = total if users is None else min(users, total)
@@ -96,9 +97,9 @@ def evaluate(
     busy = [sum(n["seconds"] for n in numbers if n["process"] == process) for process in {n["process"] for n in numbers}]
     flops = sum(n["flops"] for n in numbers)
     ranks = table["rank"].to_numpy()
+    cold = cold_metrics(ranks, split.popularity[table["target"].to_numpy()])
     context.facts.update(
-        ranking_metrics(ranks),
-        **cold_metrics(ranks, split.popularity[table["target"].to_numpy()]),
+        within(ranking_metrics(ranks) | cold, returned),
         evaluated_users=total,
         resumed_users=resumed,
         eval_seconds=round(max(busy), 3),
@@ -135,7 +136,7 @@ def _ranked(
     flops, missing = 0.0, 0
     for start in range(0, len(rows), batch):
         some = rows[start : start + batch]
-        ranked = rank([r.history for r in some])
+        ranked = rank(some)
         flops, missing = flops + ranked.flops, missing + ranked.missing
         targets = np.array([r.target for r in some], dtype=np.int64)
         found = target_ranks(ranked.items, np.array([stand_in(r.target) for r in some]))

@@ -148,8 +148,10 @@ class SidTable:
         levels = self.tokens.shape[1] - 1 if self.levels is None else self.levels
         group = _numbered(self.distinct[:, :levels])
         found = np.where(ranked >= 0, group[ranked], -1)
-        same = found[:, :, None] == found[:, None, :]
-        first = (found >= 0) & ~np.tril(same, -1).any(axis=2)
+        order = np.argsort(found, axis=1, kind="stable")  # equal codes side by side, the best first
+        ordered = np.take_along_axis(found, order, axis=1)
+        first = np.empty(found.shape, dtype=bool)
+        np.put_along_axis(first, order, np.diff(ordered, axis=1, prepend=-1) != 0, axis=1)
         hit = first & (found == group[self.of_item[targets]][:, None])
         rank = np.cumsum(first, axis=1)[np.arange(len(found)), hit.argmax(axis=1)]
         return np.where(hit.any(axis=1), rank, 0).astype(np.int32)

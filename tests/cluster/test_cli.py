@@ -1,6 +1,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -103,6 +104,29 @@ def test_logs(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.startswith("log of train_sid-")
     assert main(["logs", str(folder), "world-loo-cf-popularity"]) == 2
     assert "so there is no log" in capsys.readouterr().err
+
+
+def test_a_width_that_failed_shows_in_status_and_logs(
+    study_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    loaded = load_study(study_file, ["seeds=[0]", "sid.evaluate={widths: [50]}"])
+    plan, store = make_plan(loaded), Store(tmp_path / "out")
+    store.prepare(plan, loaded.raw)
+    run_all(plan, store)
+    point = next(point for point in plan.points if point.widths)
+    node = plan.nodes[point.widths[0]]
+    shutil.rmtree(store.artifact(node))
+    (store.work(node) / "failure.json").write_text('{"reason": "no memory"}')
+    (store.work(node) / "log.txt").write_text(f"log of {node.key}\n")
+    (store.work(plan.nodes[point.nodes[-1]]) / "log.txt").write_text("log of the point's own\n")
+    assert main(["status", str(store.folder), "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    name = f"{point.run_id} with 50 beams"
+    assert document["widths"][name] == "failed" and sorted(document["widths"].values()) == ["done", "failed"]
+    assert set(document["points"].values()) == {"done"}
+    assert [(f["point"], f["reason"]) for f in document["failures"]] == [(name, "evaluate_sid: no memory")]
+    assert main(["logs", str(store.folder), point.run_id]) == 0
+    assert capsys.readouterr().out == f"log of {node.key}\n"
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,11 @@
+from collections import Counter
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 
 from cluster.graph import Plan
-from cluster.measure import SCHEMA, read_row, refresh_rows
+from cluster.measure import SCHEMA, WIDTHS, read_row, refresh_rows
 from cluster.plan import make_plan
 from cluster.store import Store
 from cluster.study import load_study
@@ -140,6 +141,46 @@ def test_the_table_reads_as_one(measured: tuple[Plan, Store]) -> None:
     plan, store = measured
     table = pq.read_table(store.folder / "metrics")
     assert table.num_rows == len(plan.points) and table.schema.names == SCHEMA.names
+
+
+def test_widths_have_a_table_of_their_own(
+    measured: tuple[Plan, Store], study_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, store = measured
+    before = {file.name: file.read_bytes() for file in (store.folder / "metrics").iterdir()}
+    assert not store.widths.exists()
+    wide = make_plan(load_study(study_file, ["seeds=[3]", "sid.evaluate={widths: [50, 10]}", "llm.evaluate={widths: [5]}"]))
+    store.prepare(wide, {"study": "tiny", "datasets": {}})
+    refresh_rows(store, wide)
+    alone = pq.read_table(store.widths).to_pylist()
+    assert [(row["paradigm"], row["model"], row["beams"]) for row in alone] == [
+        ("sid", "xs", 20), ("sid", "s", 20), ("llm", "xs", 20),
+    ]  # fmt: skip
+    few = {"recall@1": 0.02, "recall@5": 0.06, "ndcg@5": 0.01, "users_per_second": 9.5, "infer_flops_per_user": 7e6}
+    monkeypatch.setitem(test_schedule.FACTS, "evaluate_llm", few)
+    assert Counter(line.split("-")[0] for line in run_all(wide, store)) == {"evaluate_sid": 4, "evaluate_llm": 1}
+    assert {file.name: file.read_bytes() for file in (store.folder / "metrics").iterdir()} == before
+    refresh_rows(store, wide)
+    table = pq.read_table(store.widths)
+    assert table.schema.names == WIDTHS.names
+    rows = {(row["paradigm"], row["model"], row["beams"]): row for row in table.to_pylist()}
+    assert list(rows) == [
+        *(("sid", "xs", beams) for beams in (10, 20, 50)), *(("sid", "s", beams) for beams in (10, 20, 50)),
+        ("llm", "xs", 5), ("llm", "xs", 20),
+    ]  # fmt: skip
+    five = rows["llm", "xs", 5]
+    assert [five[name] for name in (*few, "recall@10", "ndcg@20")] == [*few.values(), None, None]
+    runs = {p.paradigm + p.model: p.run_id for p in wide.points}
+    assert five["run_id"] == runs["llmxs"] and five["seed"] == 3 and five["evaluated_part"] == "test"
+    assert (store.folder / five["evaluation"] / "artifact.json").is_file()
+    written = store.widths.stat().st_ino
+    refresh_rows(store, wide)
+    assert store.widths.stat().st_ino == written, "what is right is left alone"
+    store.widths.write_bytes(b"PAR1")
+    refresh_rows(store, wide)
+    assert pq.read_table(store.widths).equals(table)
+    refresh_rows(store, plan)
+    assert not store.widths.exists(), "a study that no longer asks for widths shows none"
 
 
 def test_rows_that_the_plan_no_longer_has_leave_the_table_and_come_back(measured: tuple[Plan, Store], study_file: Path) -> None:

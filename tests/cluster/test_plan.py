@@ -1,14 +1,18 @@
+import json
 import os
 import shutil
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from cluster import plan as plans
+from cluster.allocation import task_nodes
 from cluster.graph import Node, Plan, Point, nearest_point
 from cluster.plan import make_plan
 from cluster.spec import Beams, EncoderSpec, Evaluate, FreshEncoder, LlmTrain, Pretrain, SidTrain, TitleBeams
+from cluster.store import Store, open_store
 from cluster.study import load_study
 from gr.data.dataset import DatasetWriter, Item, User
 from gr.errors import UserError
@@ -75,6 +79,46 @@ def test_an_evaluation_is_launched_as_the_study_says(study_file: Path) -> None:
     assert set(planned(study_file, "sid.evaluate={launch: {threads: 2}}").nodes) == set(before.nodes)
     with pytest.raises(UserError, match="zero"):
         planned(study_file, "sid.evaluate={launch: {zero: 2}}")
+
+
+def test_other_beam_widths_are_evaluations_of_the_same_models_beside_the_points(study_file: Path, tmp_path: Path) -> None:
+    study_file.write_text(study_file.read_text() + LLM)
+    before = planned(study_file)
+    wide = "sid.evaluate={widths: [10, 50]}", "llm.evaluate={widths: [50], length: mean}"
+    after, titles = planned(study_file, *wide), planned(study_file, wide[1].replace("widths: [50], ", ""))
+    assert [p.run_id for p in after.points] == [p.run_id for p in titles.points], "a row stays what it was"
+    assert set(titles.nodes) < set(after.nodes)
+    added = [n for n in after.nodes.values() if n.id not in titles.nodes]
+    assert Counter((n.stage, n.config["beams"]) for n in added) == {
+        ("evaluate_sid", 10): 4, ("evaluate_sid", 50): 4, ("evaluate_llm", 50): 2,
+    }  # fmt: skip
+    points = {p.run_id: p for p in after.points}
+    of, chains = after.points_of(), {c.nodes: c.needs for c in after.chains()}
+    for node in added:
+        (point,) = (points[name] for name in of[node.id])
+        main = after.nodes[point.nodes[-1]]
+        assert node.inputs == main.inputs and {**node.config, "beams": 20} == main.config and node.id in point.widths
+        assert node not in after.upstream(point), "a point is measured without them"
+        assert chains[(node.id,)] == set(node.inputs.values()), "and none waits for the point's own evaluation"
+    sid = [p for p in after.points if p.paradigm == "sid"]
+    assert set(after.part([], sid).nodes) == {n for n in after.nodes if any(p.paradigm == "sid" for p in map(points.get, of[n]))}
+    store = Store(tmp_path / "out")
+    store.prepare(after, load_study(study_file, wide).raw)
+    assert open_store(store.folder)[1].points == after.points
+    document = json.loads((store.folder / "plan.json").read_text())
+    for entry in document["points"]:
+        del entry["widths"]  # a folder from before there were any
+    (store.folder / "plan.json").write_text(json.dumps(document))
+    assert open_store(store.folder)[1].points == [replace(p, widths=()) for p in after.points]
+    assert before.points[2] == titles.points[2] != after.points[2]
+
+
+def test_a_job_array_evaluates_a_points_widths_after_it(study_file: Path) -> None:
+    plan = planned(study_file, "sid.evaluate={widths: [10, 50]}")
+    tasks = [task_nodes(plan, number) for number in range(len(plan.points) + 1)]
+    assert sorted(n.id for task in tasks for n in task) == sorted(plan.nodes)
+    beams = [[(n.stage, n.config.get("beams")) for n in task] for task, p in zip(tasks[1:], plan.points, strict=True) if p.widths]
+    assert beams == [[("train_sid", None), ("evaluate_sid", 20), ("evaluate_sid", 10), ("evaluate_sid", 50)]] * 4
 
 
 def test_what_ranks_titles_is_part_of_the_identity_where_it_is_not_the_sum(study_file: Path) -> None:

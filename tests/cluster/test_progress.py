@@ -2,6 +2,7 @@ import io
 import json
 import os
 import platform
+import re
 import time
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from rich.console import Console
 from cluster.graph import Plan
 from cluster.plan import make_plan
 from cluster.progress import Progress, Watch, duration
+from cluster.run import failures
 from cluster.store import Store, last_line
 from cluster.study import load_study
 from gr.files import write_json
@@ -55,6 +57,43 @@ def test_what_happens_is_told_once(plan: Plan, store: Store, monkeypatch: pytest
     news = watch.look()
     assert sum(line.startswith("measured world-loo-") for line in news) == 6 and "recall@10 0.1000" in news[-1]
     assert watch.look() == [] and watch.line(2) == "points: 6 done, 0 running, 0 waiting"
+
+
+def test_other_beam_widths_have_lines_of_their_own(study_file: Path, tmp_path: Path) -> None:
+    plan = make_plan(load_study(study_file, ["sid.evaluate={widths: [50]}"]))
+    store = Store(tmp_path / "out")
+    store.prepare(plan, {"study": "tiny", "datasets": {}})
+    watch = Watch(plan, store)
+    watch.look()
+    assert "6 waiting; other beam widths: 0 of 4 done; about " in watch.line(2)
+    run_all(make_plan(load_study(study_file)), store)
+    watch.look()
+    assert watch.line(2).startswith("points: 6 done, 0 running, 0 waiting; other beam widths: 0 of 4 done; about ")
+    node = plan.points[2].widths[0]
+    store.work(plan.nodes[node]).mkdir(parents=True)
+    write_json(store.work(plan.nodes[node]) / "failure.json", {"reason": "no room"})
+    assert watch.look() == ["FAILED evaluate_sid sid xs seed 0 with 50 beams: no room"]
+    assert watch.groups()[-1].name == "sid, 50 beams" and watch.groups()[-1].states == {"failed": 1, "waiting": 3}
+    failed, *waiting = failures(store, plan)
+    assert (failed.point, failed.reason) == (f"{plan.points[2].run_id} with 50 beams", "evaluate_sid: no room") and failed.ran
+    assert len(waiting) == 3 and not any(failure.ran for failure in waiting)
+    (store.work(plan.nodes[node]) / "failure.json").unlink()
+    run_all(plan, store)
+    news = watch.look()
+    told = re.compile(r"finished evaluate_sid sid \w+ seed \d with 50 beams in .*: recall@10 0.1000")
+    assert len(news) == 4 and all(told.match(line) for line in news)
+    assert watch.line(2) == "points: 6 done, 0 running, 0 waiting; other beam widths: 4 of 4 done" and failures(store, plan) == []
+
+
+def test_a_width_fails_with_its_training(study_file: Path, tmp_path: Path) -> None:
+    plan = make_plan(load_study(study_file, ["sid.evaluate={widths: [50]}"]))
+    store = Store(tmp_path / "out")
+    store.prepare(plan, {"study": "tiny", "datasets": {}})
+    run_all(plan, store, fails="quantize")
+    watch = Watch(plan, store)
+    watch.look()
+    assert watch.widths_left() == 0 and watch.groups()[-1].states == {"failed": 4}
+    assert len(failures(store, plan)) == 4, "told once, of the point"
 
 
 def test_time_left_falls_as_work_is_done_and_forgets_what_will_not_run(plan: Plan, store: Store) -> None:

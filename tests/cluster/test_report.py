@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from cluster.measure import WIDTHS
 from cluster.report import verdict_lines, write_report
 from cluster.report_words import best, evaluated, floors
 from gr.errors import UserError
@@ -285,6 +286,117 @@ def test_cold_targets_have_a_table_of_their_own(tmp_path: Path) -> None:
     assert "at most 5 interactions in the training part" in page
     assert "LLM-as-RS r0 321 0.0123 ± 0.0000" in page and "floor co-occurrence 321 0.0123 0.0550 0.0077" in page
     assert "r1" not in page
+
+
+def with_widths(folder: Path, rows: list[dict[str, Any]], gains: dict[str, dict[int, float]], noise: float = 0.0002) -> None:
+    """Gives rungs other widths. ``gains``: paradigm -> width -> what it adds to the metric of the point, which has 20 beams."""
+    rng = np.random.default_rng(1)
+    found = []
+    for r in rows:
+        for beams, gain in gains.get(r["paradigm"], {}).items():
+            more = gain + (noise * float(rng.normal()) if gain else 0.0)
+            cost = {"users_per_second": 2000.0 / beams, "infer_flops_per_user": 1e5 * (10 + beams)}
+            metrics = {f"recall@{k}": r[f"recall@{k}"] + more if k <= beams else None for k in (1, 5, 10, 20)}
+            found.append({**r, **metrics, **cost, "ndcg@10": r["ndcg@10"] if beams >= 10 else None, "beams": beams})
+    table = pa.Table.from_pylist([{name: row.get(name) for name in WIDTHS.names} for row in found], WIDTHS)
+    pq.write_table(table, folder / "widths.parquet")
+
+
+def test_beam_width_is_an_axis(tmp_path: Path) -> None:
+    rows = [r | {"beams": 20} for r in measurements(sizes=2)]
+    folder = study(tmp_path / "out", rows)
+    before = write_report(folder)
+    assert "widths" not in before and "Beam width" not in text(folder), "a study of one width says nothing of others"
+    sid, llm = {5: -0.01, 10: -0.004, 20: 0.0, 50: 1e-9, 100: 1e-9}, {10: -0.02, 20: 0.0, 50: 0.01}
+    with_widths(folder, rows, {"sid": sid, "llm": llm})
+    report = write_report(folder)
+    assert report["groups"] == before["groups"] and report["points"] == before["points"], "the fit takes them for no points"
+    first, second = report["widths"]
+    assert (first["paradigm"], second["paradigm"]) == ("sid", "llm")
+    assert [r["model"] for r in first["rungs"]] == ["r0", "r1"]
+    rung = first["rungs"][0]
+    assert [w["beams"] for w in rung["widths"]] == [5, 10, 20, 50, 100] and rung["widths"][0]["mean"] is None
+    assert rung["widths"][1]["mean"] == pytest.approx(rung["widths"][2]["mean"] - 0.004, abs=0.0004)
+    assert {(d["from"], d["to"]) for d in rung["differences"]} == {(10, 20), (10, 50), (10, 100), (20, 50), (20, 100), (50, 100)}
+    assert re.fullmatch(
+        r"SID-based GR, r0: recall@10 grows up to 20 beams \(10 to 20: \+0\.00[34]\d \[\+0\.00\d\d, \+0\.00\d\d\]\), then "
+        r"no more beyond noise \(20 to 100: [+-]0\.000\d \[-0\.000\d, \+0\.000\d\]\) for 3\.7 times the FLOPs\. "
+        r"More than 20 beams do not pay: [+-]0\.\d% at most, under 0\.02 per doubling\.",
+        rung["words"],
+    )
+    assert "grows up to 50 beams (20 to 50: +0.0" in second["rungs"][1]["words"]
+    assert second["rungs"][1]["words"].endswith("the widest measured: where more stops paying was not reached.")
+    page = text(folder).split("Beam width")[1].split("Every run")[0]
+    assert rung["words"] in page and "paired by seed" in page
+    mean = float(np.mean([r["recall@1"] for r in rows if r["run_id"].startswith("planted-sid-r1")]))
+    line = re.search(rf"SID-based GR r1 20 \(the points'\) 3 {mean:.4f} ± 0\.\d{{4}} .*? 100 3e\+06 SID-based GR r1 50 3", page)
+    assert line, "users/s and FLOPs stand beside it"
+    assert len(list((folder / "report").glob("planted-leave-one-out-widths.*"))) == 2
+    first_bytes = {path.name: path.read_bytes() for path in (folder / "report").iterdir()}
+    write_report(folder)
+    assert {path.name: path.read_bytes() for path in (folder / "report").iterdir()} == first_bytes
+
+
+def test_widths_are_compared_over_users_too(tmp_path: Path) -> None:
+    rows = [r for r in measurements(sizes=1, seeds=1) if r["paradigm"] == "sid"]
+    folder = tmp_path / "out"
+    more = [r | {"model": "wide"} for r in rows]
+    ranked(folder, [*rows, *more], {"r0": 0.10, "wide": 0.15})
+    study(folder, rows)
+    table = [{**rows[0], "beams": 20}, {**more[0], "model": "r0", "beams": 50}]
+    kept = [{name: r.get(name) for name in WIDTHS.names} for r in table]
+    pq.write_table(pa.Table.from_pylist(kept, WIDTHS), folder / "widths.parquet")
+    [rung] = write_report(folder)["widths"][0]["rungs"]
+    [difference] = rung["differences"]
+    gain = table[1]["recall@10"] - table[0]["recall@10"]
+    half = 1.96 * np.sqrt(gain * (1 - gain) / 2000)
+    assert difference["mean"] == pytest.approx(gain) and difference["low"] is None, "one seed"
+    assert [difference[f"users_{end}"] for end in ("low", "high")] == pytest.approx([gain - half, gain + half], abs=0.15 * half)
+    assert f"20 to 50: {gain:+.4f}, over users [+0.0" in rung["words"] and "none is told from their noise" in rung["words"]
+
+
+def test_what_the_widths_of_few_seeds_show(tmp_path: Path) -> None:
+    """One seed has no noise to compare with; two that happen to gain the same are no proof of a gain."""
+    for seeds, noise in ((1, 0.0002), (2, 0.0)):
+        rows = measurements(sizes=1, seeds=seeds)
+        folder = study(tmp_path / str(seeds), rows)
+        with_widths(folder, rows, {"sid": {10: -0.004, 20: 0.0}}, noise)
+        [group] = write_report(folder)["widths"]
+        assert re.search(r"10 to 20: \+0\.00\d\d\. No seeds repeat these differences, so none", group["rungs"][0]["words"])
+    rows = measurements(sizes=1, seeds=4)
+    folder = study(tmp_path / "worse", rows)
+    with_widths(folder, rows, {"sid": {20: 0.0, 100: -0.003}}, 0.0001)
+    words = write_report(folder)["widths"][0]["rungs"][0]["words"]
+    assert "recall@10 falls from 20 beams, the fewest measured (20 to 100: -0.003" in words
+    assert re.search(r"More than 20 beams do not pay: -\d\.\d% at most", words)
+    rows = measurements(sizes=1, seeds=2)
+    folder = study(tmp_path / "open", rows)
+    with_widths(folder, rows, {"sid": {20: 0.0, 100: 0.001}}, 0.003)
+    words = write_report(folder)["widths"][0]["rungs"][0]["words"]
+    assert "does not grow beyond noise from 20 beams" in words, "two seeds that differ show no gain"
+    assert re.search(r"Whether more than 20 beams pay is open: 2 seeds leave room for \+\d+\.\d%\.$", words), (
+        "and none that is excluded"
+    )
+
+
+def test_widths_that_are_missing_or_damaged(tmp_path: Path) -> None:
+    rows = measurements(sizes=1)
+    folder = study(tmp_path / "out", rows)
+    with_widths(folder, rows, {"llm": {20: 0.0, 50: 0.001}})
+    names = [r["run_id"] for r in rows if r["paradigm"] == "llm"]
+    nodes = [{"id": f"w{beams}", "config": {"beams": beams}} for beams in (50, 100)]
+    points = [{"run_id": name, "widths": ["w50", "w100"]} for name in [*names[:2], "never-run"]]
+    (folder / "plan.json").write_text(json.dumps({"study": "planned", "points": points, "nodes": nodes}))
+    failure = {"point": f"{names[0]} with 100 beams", "reason": "evaluate_llm: no memory", "log": "work/y/log.txt"}
+    (folder / "failures.json").write_text(json.dumps([failure]))
+    write_report(folder)
+    page = text(folder).split("Points without a measurement")[1]
+    assert f"{names[0]} with 100 beams evaluate_llm: no memory work/y/log.txt" in page
+    assert f"{names[1]} with 100 beams not measured yet" in page and "never-run not measured yet" in page
+    assert "with 50 beams" not in page and "never-run with" not in page
+    (folder / "widths.parquet").write_bytes(b"PAR1")
+    with pytest.raises(UserError, match=r"widths\.parquet: cannot be read"):
+        write_report(folder)
 
 
 def ranked(folder: Path, rows: list[dict[str, Any]], rates: dict[str, float], users: int = 2000) -> None:

@@ -81,6 +81,26 @@ CASES = [
         "study.yaml:15: sid.ladder[1].launch.processes: 3 processes can't share the 8 streams of the data; one of 1, 2, 4, 8",
     ),
     (
+        "  ladder:\n",
+        "  evaluate: {widths: [50, 20]}\n  ladder:\n",
+        "study.yaml:13: sid.evaluate.widths: 20 is what beams says already; widths are further ones",
+    ),
+    (
+        "  ladder:\n",
+        "  evaluate: {beams: 30, widths: [50, 50]}\n  ladder:\n",
+        "study.yaml:13: sid.evaluate.widths: something is listed twice",
+    ),
+    (
+        "  ladder:\n",
+        "  evaluate: {widths: [0]}\n  ladder:\n",
+        "study.yaml:13: sid.evaluate.widths[0]: input should be greater than 0, not 0",
+    ),
+    (
+        "  ladder:\n",
+        "  evaluate: {beams: 10}\n  ladder:\n",
+        "study.yaml:13: sid.evaluate.beams: input should be greater than or equal to 20, not 10",
+    ),
+    (
         "heads: 2, d_ff: 32,",
         "heads: 2, d_ff: 32, vocab: 258,",
         "study.yaml:8: sid.encoders.small.fresh.vocab: 258 is too small; a byte-level vocabulary has at least 259 tokens",

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gr.metrics import COLD_AT, RECALL_AT, TOP_K, cold_metrics, ranking_metrics, target_ranks
+from gr.metrics import COLD_AT, RECALL_AT, TOP_K, cold_metrics, ranking_metrics, target_ranks, within
 
 ranks_of_users = st.lists(st.integers(0, 30), min_size=1, max_size=50)
 
@@ -19,6 +19,17 @@ def test_metrics_are_their_definitions(ranks: list[int]) -> None:
         assert metrics[f"recall@{k}"] == pytest.approx(sum(0 < r <= k for r in ranks) / len(ranks))
     for k in (5, 10, 20):
         assert metrics[f"ndcg@{k}"] == pytest.approx(sum(1 / math.log2(1 + r) for r in ranks if 0 < r <= k) / len(ranks))
+
+
+@given(ranks_of_users, st.integers(1, 25))
+def test_metrics_that_look_deeper_than_the_list_are_left_out(ranks: list[int], returned: int) -> None:
+    metrics = ranking_metrics(np.array(ranks)) | {"ndcg@10_cold": 0.5, "users_cold": 7}
+    kept = within(metrics, returned)
+    assert kept.items() <= metrics.items() and kept["users_cold"] == 7
+    assert {name for name in metrics if name not in kept} == {
+        *(f"recall@{k}" for k in RECALL_AT if k > returned), *(f"ndcg@{k}" for k in (5, 10, 20) if k > returned),
+        *(["ndcg@10_cold"] if returned < 10 else []),
+    }  # fmt: skip
 
 
 @given(st.integers(2, 40), st.integers(0, 10_000))
