@@ -37,10 +37,12 @@ class Stepper(Protocol):
         """(users, vocab) log-probabilities of the first token."""
         ...
 
-    def advance(self, parents: Tensor, tokens: Tensor) -> Tensor:
+    def advance(self, parents: Tensor, tokens: Tensor, running: Tensor) -> Tensor:
         """Appends ``tokens`` (users, beams) to the beams numbered ``parents`` (users, beams) of the step before.
 
-        Returns (users, beams, vocab) log-probabilities of the token after. What it returns for a beam that has ended is not read.
+        Returns (users, beams, vocab) log-probabilities of the token after. Where the search normalizes them, any numbers will do
+        that differ from them by one constant per beam, and only the trie's tokens of that depth are read. Beams that are not
+        ``running`` (users, beams) have ended: what is returned for them is not read, but must be a number.
         """
         ...
 
@@ -62,9 +64,10 @@ def beam_search(
     for depth in range(trie.depth):
         parents, tokens, node, score, key = _extend(trie, depth, node, score, logp, beams, normalize, lengths)
         if depth + 1 < trie.depth:
-            if bool(((trie.leaf[node] >= 0) | score.isinf()).all()):
+            running = (trie.leaf[node] < 0) & ~score.isinf()
+            if not bool(running.any()):
                 break
-            logp = stepper.advance(parents, tokens)
+            logp = stepper.advance(parents, tokens, running)
     leaf = trie.leaf[node].masked_fill(score.isinf(), -1)
     missing = beams - leaf.shape[1]
     if missing > 0:
@@ -88,34 +91,25 @@ def _extend(
     ``node``, ``score``: (users, b); ``logp``: (users, b, vocab). Returns (users, b') parents, tokens, nodes, log-probabilities
     and what ranks them.
     """
-    users = len(node)
-    token, child, exists = trie.children(node, depth)
-    gain = logp.gather(2, token).masked_fill(~exists, float("-inf"))
+    users, kept = node.shape
+    edge, exists = trie.edges(node, depth)
+    gain = logp.gather(2, trie.edge_token[edge]).masked_fill_(~exists, float("-inf"))
     if normalize:
-        gain = gain - gain.logsumexp(2, keepdim=True)
-        gain = gain.masked_fill(~exists, float("-inf"))  # an ended sequence has no children: -inf less -inf is no number
-    total = score[..., None] + gain
+        # An ended sequence has no children, and -inf less -inf is no number: what is subtracted there is any number.
+        gain = gain - gain.logsumexp(2, keepdim=True).clamp(min=torch.finfo(gain.dtype).min)
+    total = gain.add_(score[..., None])
     # An ended sequence has no children: it stays in the first slot, at its own node and score.
     ended = trie.leaf[node] >= 0
     total[..., 0] = torch.where(ended, score, total[..., 0])
-    child[..., 0] = torch.where(ended, node, child[..., 0])
-    flat, nodes = total.reshape(users, -1), child.reshape(users, -1)
-    best, index = _top(_ranking(trie, depth, flat, nodes, lengths), min(beams, flat.shape[1]))
-    return (
-        index // token.shape[2],
-        token.reshape(users, -1).gather(1, index),
-        nodes.gather(1, index),
-        flat.gather(1, index),
-        best,
-    )
-
-
-def _ranking(trie: Trie, depth: int, total: Tensor, node: Tensor, lengths: Tensor | None) -> Tensor:
-    """What ranks sequences with log-probabilities ``total`` that stand at ``node``, (users, n) each."""
-    if lengths is None:
-        return total
-    leaf = trie.leaf[node]
-    return total / torch.where(leaf >= 0, lengths[leaf.clamp(min=0)], depth + 1)
+    ranking = total
+    if lengths is not None:
+        below = trie.edge_node[edge]
+        leaf = trie.leaf[torch.where(ended[..., None], node[..., None], below)]
+        ranking = total / torch.where(leaf >= 0, lengths[leaf.clamp(min=0)], depth + 1)
+    best, index = _top(ranking.reshape(users, -1), min(beams, kept * edge.shape[2]))
+    parent, taken = index // edge.shape[2], edge.reshape(users, -1).gather(1, index)
+    nodes = torch.where(ended.gather(1, parent), node.gather(1, parent), trie.edge_node[taken])
+    return parent, trie.edge_token[taken], nodes, total.reshape(users, -1).gather(1, index), best
 
 
 def _top(flat: Tensor, keep: int) -> tuple[Tensor, Tensor]:

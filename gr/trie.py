@@ -13,7 +13,8 @@ class Trie:
     """Node 0 is the root; the children of node n are edges ``first_edge[n] .. first_edge[n+1]``, sorted by token.
 
     ``first_edge``: (nodes+1,) int64; ``edge_token``, ``edge_node``: (edges,) int64; ``leaf``: (nodes,) int64, the number of the
-    sequence that ends there, or -1. ``degree[d]``: the most children of any node at depth d.
+    sequence that ends there, or -1. ``degree[d]``: the most children of any node at depth d; ``span[d]``: the least of their
+    tokens, and one more than the greatest.
     """
 
     first_edge: Tensor
@@ -21,6 +22,7 @@ class Trie:
     edge_node: Tensor
     leaf: Tensor
     degree: tuple[int, ...]
+    span: tuple[tuple[int, int], ...]
 
     @property
     def depth(self) -> int:
@@ -31,7 +33,7 @@ class Trie:
     def build(cls, sequences: Sequence[Sequence[int]]) -> "Trie":
         """Sequence i's end node has leaf i. Sequences must be distinct, non-empty, and none the beginning of another."""
         order = sorted(range(len(sequences)), key=lambda i: tuple(sequences[i]))
-        parent, token, leaf, degrees = [-1], [-1], [-1], []
+        parent, token, leaf, degrees, spans = [-1], [-1], [-1], [], []
         path: list[int] = []  # nodes from the root's child down to the last sequence's end
         previous: tuple[int, ...] = ()
         for i in order:
@@ -55,28 +57,36 @@ class Trie:
         first = np.concatenate([[0], np.cumsum(np.bincount(parents, minlength=len(parent)))])
         level = np.zeros(1, dtype=np.int64)
         edge_node = by_parent + 1
+        tokens = np.array(token[1:], dtype=np.int64)[by_parent]
         while True:
             counts = first[level + 1] - first[level]
             if counts.sum() == 0:
                 break
             degrees.append(int(counts.max()))
-            level = np.concatenate([edge_node[first[n] : first[n + 1]] for n in level])
+            edges = np.concatenate([np.arange(first[n], first[n + 1]) for n in level])
+            spans.append((int(tokens[edges].min()), int(tokens[edges].max()) + 1))
+            level = edge_node[edges]
         return cls(
             torch.from_numpy(first.astype(np.int64)),
-            torch.tensor(token[1:], dtype=torch.int64)[torch.from_numpy(by_parent)],
+            torch.from_numpy(tokens),
             torch.from_numpy(edge_node.astype(np.int64)),
             torch.tensor(leaf, dtype=torch.int64),
             tuple(degrees),
+            tuple(spans),
         )
 
-    def children(self, node: Tensor, depth: int) -> tuple[Tensor, Tensor, Tensor]:
-        """The edges below nodes (...) at ``depth``: (..., degree[depth]) tokens, child nodes, and whether there is one."""
+    def edges(self, node: Tensor, depth: int) -> tuple[Tensor, Tensor]:
+        """The edges below nodes (...) at ``depth``: their (..., degree[depth]) numbers, and whether there is one."""
         slot = torch.arange(self.degree[depth], device=node.device)
         edge = self.first_edge[node][..., None] + slot
         exists = edge < self.first_edge[node + 1][..., None]
-        edge = edge.clamp(max=len(self.edge_token) - 1)
+        return edge.clamp(max=len(self.edge_token) - 1), exists
+
+    def children(self, node: Tensor, depth: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The same as (..., degree[depth]) tokens, child nodes, and whether there is one."""
+        edge, exists = self.edges(node, depth)
         return self.edge_token[edge], self.edge_node[edge], exists
 
     def to(self, device: torch.device | str) -> "Trie":
         first, token, node, leaf = (t.to(device) for t in (self.first_edge, self.edge_token, self.edge_node, self.leaf))
-        return Trie(first, token, node, leaf, self.degree)
+        return Trie(first, token, node, leaf, self.degree, self.span)

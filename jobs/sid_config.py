@@ -1,13 +1,14 @@
 """What the stages of SID-based GR can be told."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from gr.terms import Codebooks, Collisions, Gradient, Normalize, Pooling
-from jobs.options import Config, Optimizer, Positive, Seed, Template, TransformerSize, Vocab
+from jobs.options import Config, Optimizer, Positive, Seed, Template, TransformerSize, Vocab, without_defaults
 
 Architecture = Literal["encoder-decoder", "decoder-only"]
+Rows = Literal["last", "prefixes", "subsequences"]
 
 
 class TrainEncoderConfig(Config):
@@ -86,6 +87,8 @@ class QuantizeConfig(Config):
                 raise ValueError(f"{key} is an option of method {method}, not of {self.method}")
         if self.normalize_residuals and self.assignment_beam > 1:
             raise ValueError("normalize_residuals leaves no sum of codes for assignment_beam to improve; give one of them")
+        if self.gradient == "gumbel" and self.codebooks == "ema":
+            raise ValueError("gradient gumbel trains the codebooks by their loss, ema by moving averages; give one of them")
         return self
 
 
@@ -100,12 +103,33 @@ class T5Size(Config):
 
 
 class SidTraining(Config):
-    """``architecture``: a T5-style encoder-decoder of ``layers`` in each stack, or a causal transformer of ``layers`` in all."""
+    """``architecture``: a T5-style encoder-decoder of ``layers`` in each stack, or a causal transformer of ``layers`` in all.
+
+    ``user_tokens``, ``separator``, ``item_position``: what is read beside the SIDs (`gr.sid.inputs`). ``rows``: what is trained
+    on: each user's last target, every target with all items before it, or every target with every run of them (docs/sid.md).
+    """
 
     architecture: Architecture = "encoder-decoder"
     normalize: Normalize = "catalogue"
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
     max_history: Positive = 20
+    user_tokens: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    separator: bool = False
+    item_position: bool = False
+    rows: Rows = "prefixes"
+
+    @model_validator(mode="after")
+    def _rows_of_the_architecture(self) -> "SidTraining":
+        if self.rows == "subsequences" and self.architecture == "decoder-only":
+            raise ValueError(
+                "rows: subsequences is for architecture: encoder-decoder; a decoder-only pass has a target at every item already"
+                " (rows: prefixes)"
+            )
+        return self
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return without_defaults(self, dump(self), ("user_tokens", "separator", "item_position", "rows"))
 
 
 class TrainSidConfig(SidTraining):

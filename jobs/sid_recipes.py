@@ -13,17 +13,21 @@ from gr.count import count_parameters
 from gr.data.split import Split
 from gr.data.stream import TrainStream, Unit
 from gr.llm.backbone import NextTitle, count, train_flops
-from gr.llm.sequences import Batch, micro_batches, target_sequence, training_sequences
+from gr.llm.sequences import Batch, micro_batches
 from gr.llm.titles import TitleTrie
-from gr.sid.decoder_only import decoder_only, most_tokens, sid_titles
+from gr.sid.decoder_only import SidSequences, decoder_only
+from gr.sid.inputs import Reads
 from gr.sid.recommender import SidBatcher, SidLoss, t5, t5_flops
 from gr.sid.sids import SidTable
-from jobs.sid_config import TrainSidConfig
+from gr.sid.t5 import GroupedT5
+from jobs.sid_config import SidTraining, TrainSidConfig
 from jobs.trainer import Batches, Micro
 
 VALIDATION_USERS = 1024
 LENGTH_GROUPS = 4  # micro-batches of similar length: most histories are short, padding to the longest would waste half the work
 WHOLE = 10**6  # items: the stream is to cut no history, `training_sequences` cuts it into windows
+UNITS: dict[str, Unit] = {"last": "last", "prefixes": "targets", "subsequences": "subsequences"}
+"""Rows -> units of the stream, where each row has one target."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,16 @@ def recipe(config: TrainSidConfig, accelerator: Accelerator, split: Split, sids:
     return made
 
 
+def reads_of(config: SidTraining) -> Reads:
+    return Reads(config.user_tokens, config.separator, config.item_position)
+
+
+def tables_of(config: SidTraining) -> dict[str, int]:
+    """Rows of the tables that the recommender reads from beside that of its tokens: an encoder sees the places of a history, a
+    pass of the decoder-only model that of the target too."""
+    return reads_of(config).tables(config.max_history + (config.architecture == "decoder-only"))
+
+
 def _stream(config: TrainSidConfig, accelerator: Accelerator, split: Split, unit: Unit, max_history: int) -> TrainStream:
     return TrainStream(
         split,
@@ -63,19 +77,19 @@ def _stream(config: TrainSidConfig, accelerator: Accelerator, split: Split, unit
 
 def _encoder_decoder(config: TrainSidConfig, accelerator: Accelerator, split: Split, sids: SidTable) -> Recipe:
     """A history in, the next item out: one target per example, as TIGER."""
-    model = t5(sids.vocab, **config.size.model_dump(), dropout=config.dropout)
-    batcher, digits = SidBatcher(sids, config.max_history), sids.tokens.shape[1]
-    loss = SidLoss(sids, config.normalize)
-    stream = _stream(config, accelerator, split, "targets", config.max_history)
+    model = t5(sids.vocab, **config.size.model_dump(), dropout=config.dropout, **tables_of(config))
+    batcher, digits = SidBatcher(sids, config.max_history, reads_of(config)), sids.tokens.shape[1]
+    loss, grouped = SidLoss(sids, config.normalize), GroupedT5(model)
+    stream = _stream(config, accelerator, split, UNITS[config.rows], config.max_history)
 
     def batches(step: int, accumulation: int) -> list[Micro]:
         examples = sorted(stream.batch(step), key=lambda e: len(e.history))
         micros = []
-        for rows in np.array_split(np.arange(len(examples)), LENGTH_GROUPS * accumulation):
+        for rows in np.array_split(np.arange(len(examples)), accumulation):
             group = [examples[i] for i in rows]
             if not group:
                 continue
-            inputs = batcher.encoder_inputs([e.history for e in group])
+            inputs = batcher.encoder_inputs([e.history for e in group], [e.user for e in group])
             inputs["labels"] = batcher.labels([e.target for e in group])
             lengths = inputs["attention_mask"].sum(1).numpy()
             flops = 3 * t5_flops(model.config, lengths, digits)  # the gradients of inputs and of weights cost as much again, each
@@ -88,24 +102,24 @@ def _encoder_decoder(config: TrainSidConfig, accelerator: Accelerator, split: Sp
         total = 0.0
         for start in range(0, len(validation), 256):
             rows = validation[start : start + 256]
-            inputs = batcher.encoder_inputs([r.history for r in rows])
+            inputs = batcher.encoder_inputs([r.history for r in rows], [r.user for r in rows])
             inputs["labels"] = batcher.labels([r.target for r in rows])
             total += loss(module, {k: v.to(accelerator.device) for k, v in inputs.items()}).item()
         return total / len(validation)
 
-    return Recipe(model, model, batches, loss, validate, {"digits": digits, "units_per_epoch": stream.units})
+    return Recipe(grouped, model, batches, loss, validate, {"digits": digits, "units_per_epoch": stream.units})
 
 
 def _decoder_only(config: TrainSidConfig, accelerator: Accelerator, split: Split, sids: SidTable) -> Recipe:
-    """A user's items in, every one of them but the first a target of the same pass (`gr.sid.decoder_only`)."""
-    lm = decoder_only(sids.vocab, **config.size.model_dump(), dropout=config.dropout)
-    titles, longest, digits = sid_titles(sids), most_tokens(sids, config.max_history), sids.tokens.shape[1]
-    trie, counts = TitleTrie(titles, config.normalize), count(lm)
+    """A user's items in, every one but the first (or only the last) a target of the same pass (`gr.sid.decoder_only`)."""
+    lm = decoder_only(sids.vocab, **config.size.model_dump(), dropout=config.dropout, **tables_of(config))
+    sequences, digits = SidSequences(sids, config.max_history, reads_of(config)), sids.tokens.shape[1]
+    trie, counts = TitleTrie(sequences.titles, config.normalize), count(lm)
     model = NextTitle(lm, trie.trie if config.normalize == "catalogue" else None)
     stream = _stream(config, accelerator, split, "users", WHOLE)
 
     def batches(step: int, accumulation: int) -> list[Micro]:
-        packed = training_sequences(titles, [e.history for e in stream.batch(step)], config.max_history, longest)
+        packed = [p for e in stream.batch(step) for p in sequences.training(e.user, e.history, config.rows == "last")]
         packed.sort(key=lambda p: len(p.tokens))
         groups = [packed[rows[0] : rows[-1] + 1] for rows in np.array_split(np.arange(len(packed)), LENGTH_GROUPS) if len(rows)]
         return [
@@ -115,7 +129,7 @@ def _decoder_only(config: TrainSidConfig, accelerator: Accelerator, split: Split
         ]
 
     users = list(split.evaluation_users("val", limit=VALIDATION_USERS))
-    held_out = [target_sequence(titles, u.history, u.target, config.max_history, longest) for u in users]
+    held_out = [sequences.target(u.user, u.history, u.target) for u in users]
     validation: list[Batch] = micro_batches(held_out, 0, trie, sids.vocab)
 
     def validate(module: nn.Module) -> float:

@@ -363,7 +363,7 @@ class Split:
         for table in self.users(["user", which]):
             users = table["user"].to_numpy()[table[which].to_numpy() >= 0]
             best = np.concatenate([best, users])
-            best = best[np.argsort(_hash(best, seed), kind="stable")[:limit]]
+            best = best[np.argsort(splitmix64(best, seed), kind="stable")[:limit]]
         return best
 
 
@@ -377,9 +377,9 @@ def training_part(shard: pa.Table) -> tuple[NDArray[np.int64], NDArray[np.int64]
     return user[kept], item[kept].astype(np.int64)
 
 
-def _hash(users: NDArray[np.int64], seed: int) -> NDArray[np.uint64]:
-    """splitmix64 (Steele et al. 2014) of each number; one to one, so that no two users tie."""
-    z = users.astype(np.uint64) + np.uint64((seed + 1) * 0x9E3779B97F4A7C15 % 2**64)
+def splitmix64(numbers: NDArray[np.int64], seed: int) -> NDArray[np.uint64]:
+    """A hash (Steele et al. 2014) of each number, the same everywhere; one to one, so that no two numbers tie."""
+    z = numbers.astype(np.uint64) + np.uint64((seed + 1) * 0x9E3779B97F4A7C15 % 2**64)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return z ^ (z >> np.uint64(31))

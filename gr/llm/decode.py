@@ -20,7 +20,6 @@ from gr.beam import beam_search, length_groups
 from gr.llm.backbone import Counts, count, forward_flops, logits_at
 from gr.llm.titles import TitleTrie
 from gr.terms import Length
-from gr.trie import Trie
 
 SPARSE = 0.75
 """Where less than this share of the cache's users or slots is needed, dropping the others pays for copying what is left."""
@@ -63,16 +62,18 @@ class _GrowingLayer(DynamicLayer):  # type: ignore[misc]
 class TitleStepper:
     """A `gr.beam.Stepper` over a causal LM (scaled-dot-product or eager attention, no sliding window).
 
-    ``prompts``: token numbers of each user's prompt, of any lengths; ``trie``: the one searched. Beams that have ended are not
+    ``prompts``: token numbers of each user's prompt, of any lengths; ``shift``: (users,) what is added to the numbers of
+    generated tokens when they are read (`gr.sid.inputs`; None: nothing). Beams that have ended are not
     run on, and users all of whose beams have ended are dropped from the cache. ``flops`` counts what was run, padding left out.
     """
 
-    def __init__(self, lm: Any, prompts: Sequence[NDArray[np.int64]], trie: Trie) -> None:
-        self.lm, self.trie = lm, trie
+    def __init__(self, lm: Any, prompts: Sequence[NDArray[np.int64]], shift: NDArray[np.int64] | None = None) -> None:
+        self.lm = lm
         self.counts: Counts = count(lm)
         self.flops, self.steps = 0.0, 0
         device = self.device = lm.get_input_embeddings().weight.device
         self.lengths = torch.tensor([len(p) for p in prompts], device=device)
+        self.shift = torch.zeros_like(self.lengths) if shift is None else torch.from_numpy(shift).to(device)
         width = int(self.lengths.max())
         # Padding stands on the right, where causal attention hides it from the prompt; the steps' mask hides it from the beams.
         ids = np.zeros((len(prompts), width), dtype=np.int64)
@@ -81,11 +82,7 @@ class TitleStepper:
         self.prompts = torch.from_numpy(ids).to(device)
         self.cache = Cache(layer_class_to_replicate=_GrowingLayer)
         self.live = torch.arange(len(prompts), device=device)  # users still in the cache
-        self.node = torch.zeros(len(prompts), 1, dtype=torch.int64, device=device)  # where each beam stands in the trie
         self.place = torch.zeros(len(prompts), 1, dtype=torch.int64, device=device)  # its row in `seen`, if it was run last
-        degree = trie.first_edge.diff()
-        self.base = int(trie.edge_token.max()) + 1
-        self.edges = torch.repeat_interleave(torch.arange(len(degree), device=device), degree) * self.base + trie.edge_token
 
     def start(self) -> Tensor:
         users, width = self.prompts.shape
@@ -96,9 +93,8 @@ class TitleStepper:
         self.flops += forward_flops(self.counts, float(lengths.sum()), users, float((lengths * (lengths + 1) / 2).sum()))
         return _log_softmax(logits)
 
-    def advance(self, parents: Tensor, tokens: Tensor) -> Tensor:
+    def advance(self, parents: Tensor, tokens: Tensor, running: Tensor) -> Tensor:
         users, beams = tokens.shape
-        running = self._walk(parents, tokens)
         self.place = self.place.gather(1, parents)
         stay = running.any(dim=1)[self.live]
         if int(stay.sum()) < SPARSE * len(self.live):
@@ -117,13 +113,6 @@ class TitleStepper:
         result[self.live[:, None], chosen] = logp
         return result
 
-    def _walk(self, parents: Tensor, tokens: Tensor) -> Tensor:
-        """Moves every beam to the node of its token; returns (users, beams) whether it has more to come."""
-        node = self.node.gather(1, parents)
-        edge = torch.searchsorted(self.edges, node * self.base + tokens).clamp(max=len(self.edges) - 1)
-        self.node = torch.where(self.trie.leaf[node] >= 0, node, self.trie.edge_node[edge])
-        return self.trie.leaf[self.node] < 0
-
     def _run(self, parents: Tensor, tokens: Tensor, real: Tensor) -> Tensor:
         """One token per (live user, row): ``parents`` are rows of the run before; ``real`` marks what is no filler."""
         live, rows = tokens.shape
@@ -134,7 +123,7 @@ class TitleStepper:
         mask = torch.zeros(self.seen.shape, dtype=dtype, device=self.device)
         mask.masked_fill_(~self.seen, torch.finfo(dtype).min)
         logits: Tensor = self.lm(
-            input_ids=tokens,
+            input_ids=tokens + self.shift[:, None],
             attention_mask=mask[:, None],
             position_ids=(self.lengths + self.steps)[:, None].expand(-1, rows),
             past_key_values=self.cache,
@@ -157,6 +146,7 @@ class TitleStepper:
 
     def _keep(self, rows: Tensor) -> None:
         self.live, self.lengths, self.seen = self.live[rows], self.lengths[rows], self.seen[rows]
+        self.shift = self.shift[rows]
         for layer in self.cache.layers:
             layer.keep_rows(rows)
 
@@ -168,9 +158,14 @@ def _log_softmax(logits: Tensor) -> Tensor:
 
 @torch.no_grad()
 def rank_titles(
-    lm: Any, trie: TitleTrie, prompts: Sequence[NDArray[np.int64]], beams: int, length: Length = "sum"
+    lm: Any,
+    trie: TitleTrie,
+    prompts: Sequence[NDArray[np.int64]],
+    beams: int,
+    length: Length = "sum",
+    shift: NDArray[np.int64] | None = None,
 ) -> tuple[NDArray[np.int64], NDArray[np.float32], float]:
-    """The (users, beams) best titles of each prompt by beam search, their scores, and the FLOPs.
+    """The (users, beams) best titles of each prompt by beam search, their scores, and the FLOPs; ``shift`` as in `TitleStepper`.
 
     A title's score is the ``length`` over its tokens, its end token included, of their log-probabilities, normalised as ``trie``
     says. The sum is the log-probability of the title, which no correction distorts; over the catalogue the mean also counts the
@@ -179,7 +174,8 @@ def rank_titles(
     groups = length_groups(torch.tensor([len(p) for p in prompts], device=lm.get_input_embeddings().weight.device))
     found, flops = [], 0.0
     for rows in groups:
-        stepper = TitleStepper(lm, [prompts[i] for i in rows.tolist()], trie.search)
+        own = None if shift is None else shift[rows.cpu().numpy()]
+        stepper = TitleStepper(lm, [prompts[i] for i in rows.tolist()], own)
         lengths = trie.lengths if length == "mean" else None
         found.append(beam_search(stepper, trie.search, beams, trie.normalize == "catalogue", lengths))
         flops += stepper.flops

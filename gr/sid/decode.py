@@ -2,106 +2,165 @@
 
 The decoder is run on the transformers model's own weights. Beams are query positions of one user, not rows of a batch, so
 cross-attention reads each user's keys once, whatever the number of beams; only the few positions of a beam's own prefix are kept
-per beam and reordered. The encoder runs on users of like length together: most histories are short, and padded to the longest
-of a batch more than half of its work would be on padding.
+per beam and reordered. What works token by token sees the beams that have not ended as rows of one matrix: where SIDs are told
+apart by their first digits, most beams end before the last.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn.functional import pad
+from torch.nn.functional import linear, relu, rms_norm
 from transformers import T5ForConditionalGeneration
 
-from gr.beam import length_groups
+from gr.beam import beam_search
+from gr.llm.titles import TitleTrie
+from gr.sid.recommender import decoder_flops, encoder_flops
+from gr.sid.t5 import Layout, encode, heads_of, rows_of
+
+
+class T5Weights:
+    """A T5 model in eval mode, its projections that read the same input joined into one."""
+
+    @torch.no_grad()
+    def __init__(self, model: T5ForConditionalGeneration) -> None:
+        self.model, self.config = model, model.config
+        decoder: Any = model.decoder
+        self.blocks = [_Block(block) for block in decoder.block]
+        across = [block.layer[1].EncDecAttention for block in decoder.block]
+        self.cross = torch.cat([w for a in across for w in (a.k.weight, a.v.weight)])
+        self.position = decoder.block[0].layer[0].SelfAttention
+        norm = decoder.final_layer_norm
+        scale = model.config.d_model**-0.5 if model.config.scale_decoder_outputs else 1.0
+        self.head, self.eps = model.lm_head.weight * norm.weight * scale, norm.variance_epsilon
+
+
+class _Block:
+    """A decoder block's weights, each layer norm's scale folded into what reads it."""
+
+    def __init__(self, block: Any) -> None:
+        own, across, feed_forward = block.layer
+        attention, dense = own.SelfAttention, feed_forward.DenseReluDense
+        self.qkv = torch.cat([p.weight for p in (attention.q, attention.k, attention.v)]) * own.layer_norm.weight
+        self.own_out, self.cross_out = attention.o.weight, across.EncDecAttention.o.weight
+        self.cross_q = across.EncDecAttention.q.weight * across.layer_norm.weight
+        self.wi, self.wo = dense.wi.weight * feed_forward.layer_norm.weight, dense.wo.weight
 
 
 class T5Stepper:
-    """`gr.beam.Stepper` for a T5 model in eval mode; ``input_ids``, ``attention_mask``: (users, tokens), padded on the right."""
+    """`gr.beam.Stepper` for a T5 model and ``trie``; ``input_ids``, ``attention_mask``: (users, tokens), padded on the right.
 
-    def __init__(self, model: T5ForConditionalGeneration, input_ids: Tensor, attention_mask: Tensor) -> None:
-        self.model, c = model, model.config
+    Users stand in ``layout.order``, not in that of their inputs. ``flops`` counts what was run, padding left out.
+    """
+
+    def __init__(self, weights: T5Weights, trie: TitleTrie, input_ids: Tensor, attention_mask: Tensor) -> None:
+        self.weights, self.trie, c = weights, trie, weights.config
         self.heads, self.d_kv = c.num_heads, c.d_kv
-        self.blocks = model.decoder.block
-        self.cross = self._cross_keys(input_ids, attention_mask)
-        self.mask = (attention_mask == 0)[:, None, None, :]
-        self.past: list[tuple[Tensor, Tensor]] = []
+        self.users = len(input_ids)
+        model: Any = weights.model
+        self.layout = Layout.of(attention_mask, model.dtype)
+        encoded = encode(model.encoder, model.encoder.embed_tokens(input_ids.flatten()[self.layout.index]), self.layout)
+        projected = linear(encoded, weights.cross).view(len(encoded), -1, self.heads * self.d_kv)
+        # Per group and block the keys and then the values, in the order in which every step reads them.
+        self.cross = [
+            [heads_of(x[g.rows], len(g), self.heads).contiguous() for x in projected.unbind(1)] for g in self.layout.groups
+        ]
+        self.lengths = attention_mask.sum(dim=1)[self.layout.order]
+        self.flops = encoder_flops(c, self.lengths.cpu().numpy())
+        self.past: list[tuple[Tensor, Tensor]] = []  # per block (running beams, positions, heads, d_kv) keys and values
+        self.row = torch.zeros(self.users, 1, dtype=torch.int64, device=input_ids.device)  # of each beam in `past`
         self.position = 0
 
     def start(self) -> Tensor:
-        users = self.mask.shape[0]
-        tokens = torch.full((users, 1), self.model.config.decoder_start_token_id, device=self.mask.device)
-        return self._step(tokens)[:, 0]
+        running = torch.ones(self.users, 1, dtype=torch.bool, device=self.row.device)
+        tokens = torch.full((self.users, 1), self.weights.config.decoder_start_token_id, device=self.row.device)
+        return self._step(tokens, running)[:, 0]
 
-    def advance(self, parents: Tensor, tokens: Tensor) -> Tensor:
-        users = torch.arange(len(parents), device=parents.device)[:, None]
-        self.past = [(k[users, parents], v[users, parents]) for k, v in self.past]
-        return self._step(tokens)
+    def advance(self, parents: Tensor, tokens: Tensor, running: Tensor) -> Tensor:
+        rows = self.row.gather(1, parents)[running]
+        self.past = [(k[rows], v[rows]) for k, v in self.past]
+        return self._step(tokens, running)
 
-    def _cross_keys(self, input_ids: Tensor, attention_mask: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Per decoder layer the keys and values (users, heads, tokens, d_kv) of the encoded histories, 0 at padding."""
-        lengths = attention_mask.sum(dim=1)
-        groups = length_groups(lengths)
-        projections = [p for b in self.blocks for p in (b.layer[1].EncDecAttention.k, b.layer[1].EncDecAttention.v)]
-        parts: list[list[Tensor]] = []
-        for users in groups:
-            longest = max(1, int(lengths[users].max()))
-            inputs = {"input_ids": input_ids[users, :longest], "attention_mask": attention_mask[users, :longest]}
-            hidden = self.model.encoder(**inputs).last_hidden_state
-            more = input_ids.shape[1] - longest
-            parts.append([pad(self._split(projection(hidden)), (0, 0, 0, more)) for projection in projections])
-        back = torch.cat(groups).argsort()
-        joined = [torch.cat(part)[back] for part in zip(*parts, strict=True)]
-        return list(zip(joined[::2], joined[1::2], strict=True))
-
-    def _split(self, x: Tensor) -> Tensor:
-        """(users, n, heads x d_kv) -> (users, heads, n, d_kv)."""
-        return x.view(*x.shape[:2], self.heads, self.d_kv).transpose(1, 2)
-
-    def _step(self, tokens: Tensor) -> Tensor:
-        """(users, beams) last tokens -> (users, beams, vocab) log-probabilities."""
-        x = self.model.decoder.embed_tokens(tokens)
+    def _step(self, tokens: Tensor, running: Tensor) -> Tensor:
+        """(users, beams) last tokens -> (users, beams, vocab) log-probabilities, 0 where a beam is not ``running``."""
+        user, beam = running.nonzero(as_tuple=True)
+        self.row = torch.zeros_like(tokens).masked_scatter_(running, torch.arange(len(user), device=user.device))
+        # Among its user's running beams the how manieth, which is its place among the queries of cross-attention.
+        place = user * running.shape[1] + beam
+        x = self.weights.model.shared(tokens[running])
         bias = self._position_bias()
         past: list[tuple[Tensor, Tensor]] = []
-        for i, block in enumerate(self.blocks):
-            own, across, feed_forward = block.layer
-            x = x + self._self_attention(own.SelfAttention, own.layer_norm(x), bias, i, past)
-            x = x + self._cross_attention(across.EncDecAttention, across.layer_norm(x), i)
-            x = x + feed_forward.DenseReluDense(feed_forward.layer_norm(x))
+        for i, block in enumerate(self.weights.blocks):
+            x = x + linear(self._self_attention(linear(self._norm(x), block.qkv), bias, i, past), block.own_out)
+            x = x + linear(self._cross_attention(linear(self._norm(x), block.cross_q), i, place, running.shape), block.cross_out)
+            x = x + linear(relu(linear(self._norm(x), block.wi), inplace=True), block.wo)
         self.past = past
         self.position += 1
-        x = self.model.decoder.final_layer_norm(x)
-        if self.model.config.tie_word_embeddings:
-            x = x * self.model.config.d_model**-0.5
-        return torch.log_softmax(self.model.lm_head(x).float(), dim=-1)
+        return self._predictions(self._norm(x), place, running.shape)
+
+    def _predictions(self, x: Tensor, place: Tensor, shape: Sequence[int]) -> Tensor:
+        """(running beams, d_model), and their places among all of ``shape`` -> what `gr.beam.Stepper` returns."""
+        head, normalized = self.weights.head, self.trie.normalize == "vocabulary"
+        # A search that normalises over a digit's own tokens reads no others.
+        first, end = (0, len(head)) if normalized else self.trie.search.span[self.position - 1]
+        logits = linear(x, head[first:end])
+        self._count(place // shape[1], logits.numel())
+        if normalized:
+            logits = logits.float().log_softmax(-1)
+        if len(place) == shape[0] * shape[1] and len(head) == end - first:
+            return logits.view(*shape, -1)
+        result = logits.new_empty(shape[0] * shape[1], len(head))
+        read = result[:, first:end]
+        read.zero_()
+        read[place] = logits
+        return result.view(*shape, -1)
+
+    def _count(self, user: Tensor, scores: int) -> None:
+        pairs = len(user) * self.position + int(self.lengths[user].sum())
+        self.flops += decoder_flops(self.weights.config, len(user), pairs, scores)
+
+    def _norm(self, x: Tensor) -> Tensor:
+        return rms_norm(x, x.shape[-1:], eps=self.weights.eps)
 
     def _position_bias(self) -> Tensor:
-        """(heads, 1, positions so far): T5's relative bias of the newest position, held by the first block's attention."""
-        attention: Any = self.blocks[0].layer[0].SelfAttention
-        distance = torch.arange(self.position + 1, device=self.mask.device) - self.position
-        bucket = attention._relative_position_bucket(
-            distance,
-            bidirectional=False,
-            num_buckets=attention.relative_attention_num_buckets,
-            max_distance=attention.relative_attention_max_distance,
-        )
-        bias: Tensor = attention.relative_attention_bias(bucket)
-        return bias.T[:, None, :]
+        """(positions so far, heads, 1): T5's relative bias of the newest position, held by the first block's attention."""
+        bias: Tensor = self.weights.position.compute_bias(1, self.position + 1, past_seen_tokens=self.position)
+        return bias[0, :, 0].T[..., None]
 
-    def _self_attention(self, attention: Any, x: Tensor, bias: Tensor, layer: int, past: list[tuple[Tensor, Tensor]]) -> Tensor:
-        users, beams, _ = x.shape
-        shape = (users, beams, self.heads, 1, self.d_kv)
-        q, k, v = attention.q(x).view(shape), attention.k(x).view(shape), attention.v(x).view(shape)
+    def _self_attention(self, qkv: Tensor, bias: Tensor, block: int, past: list[tuple[Tensor, Tensor]]) -> Tensor:
+        q, k, v = qkv.view(len(qkv), 3, 1, self.heads, self.d_kv).unbind(1)
         if self.past:
-            k, v = torch.cat([self.past[layer][0], k], dim=3), torch.cat([self.past[layer][1], v], dim=3)
+            k, v = torch.cat([self.past[block][0], k], dim=1), torch.cat([self.past[block][1], v], dim=1)
         past.append((k, v))
-        weights = torch.softmax(q @ k.transpose(3, 4) + bias, dim=-1)
-        out: Tensor = attention.o((weights @ v).reshape(users, beams, -1))
-        return out
+        scores = (q * k).sum(-1, keepdim=True) + bias  # a handful of positions: no matrix product worth starting
+        return (scores.softmax(1) * v).sum(1).view(len(qkv), -1)
 
-    def _cross_attention(self, attention: Any, x: Tensor, layer: int) -> Tensor:
-        k, v = self.cross[layer]
-        scores = self._split(attention.q(x)) @ k.transpose(2, 3)
-        weights = torch.softmax(scores.masked_fill(self.mask, torch.finfo(scores.dtype).min), dim=-1)
-        out: Tensor = attention.o((weights @ v).transpose(1, 2).reshape(*x.shape[:2], -1))
-        return out
+    def _cross_attention(self, q: Tensor, block: int, place: Tensor, shape: Sequence[int]) -> Tensor:
+        users, beams = shape
+        if len(q) < users * beams:
+            filled = q.new_zeros(users * beams, q.shape[1])
+            filled[place] = q
+            q = filled
+        parts = []
+        for group, cross in zip(self.layout.groups, self.cross, strict=True):
+            k, v = cross[2 * block : 2 * block + 2]
+            some = heads_of(q[group.users.start * beams : group.users.stop * beams], len(group), self.heads)
+            scores = some @ k.transpose(2, 3)
+            parts.append(rows_of((scores if group.hidden is None else scores + group.hidden).softmax(-1) @ v))
+        out = torch.cat(parts)
+        return out if len(place) == len(out) else out[place]
+
+
+@torch.no_grad()
+def rank_sids(
+    weights: T5Weights, trie: TitleTrie, inputs: dict[str, Tensor], beams: int
+) -> tuple[NDArray[np.int64], NDArray[np.float32], float]:
+    """The (users, beams) best SIDs of each history by beam search, -1 where there are fewer, their log-probabilities, normalised
+    as ``trie`` says, and the FLOPs. ``inputs``: of `gr.sid.recommender.SidBatcher.encoder_inputs`."""
+    stepper = T5Stepper(weights, trie, **inputs)
+    found, scores = beam_search(stepper, trie.search, beams, trie.normalize == "catalogue")
+    back = stepper.layout.order.argsort()
+    return found[back].cpu().numpy(), scores[back].cpu().numpy(), stepper.flops

@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -27,7 +27,6 @@ from accelerate import Accelerator
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from gr.beam import beam_search
 from gr.data.dataset import Dataset
 from gr.data.importer import import_dataset
 from gr.data.split import LeaveOneOut, Split, prepare_split
@@ -35,14 +34,13 @@ from gr.data.stream import TrainStream
 from gr.llm.decode import rank_titles
 from gr.llm.sequences import prompts
 from gr.llm.titles import TitleTrie
-from gr.sid.decode import T5Stepper
+from gr.sid.decode import T5Weights, rank_sids
 from gr.sid.decoder_only import most_tokens, sid_titles
 from gr.sid.quantizers import residual_kmeans, standardize
 from gr.sid.recommender import SidBatcher, t5
 from gr.sid.references import tfidf_vectors
 from gr.sid.sids import SidTable, disambiguate
 from gr.terms import Normalize
-from gr.trie import Trie
 from jobs.options import Optimizer
 from jobs.sid_config import T5Size, TrainSidConfig
 from jobs.sid_recipes import Recipe, recipe
@@ -74,8 +72,8 @@ def turns(title: str, contenders: dict[str, Turn], rounds: int) -> None:
         print(f"  {name:44} {wall[name]:7.1f}  {ratios[0]:14.2f}  {processor[name]:10.1f}  {ratios[1]:14.2f}", flush=True)
 
 
-def semantic_ids(split: Split) -> SidTable:
-    x = standardize(torch.from_numpy(tfidf_vectors(split.titles(), 64, seed=0)))
+def semantic_ids(vectors: NDArray[np.float32]) -> SidTable:
+    x = standardize(torch.from_numpy(vectors))
     codes = disambiguate(residual_kmeans(x, 3, WIDTH, seed=0).codes.numpy())
     widths = np.array([WIDTH, WIDTH, WIDTH, codes[:, -1].max() + 1])
     return SidTable(1 + np.concatenate([[0], np.cumsum(widths)[:-1]]) + codes, int(1 + widths.sum()))
@@ -173,10 +171,8 @@ class Cornac:
             self.model.generate_beam(*self.encoder_inputs([history]), beams, self.children)
 
 
-@torch.no_grad()
-def rank_t5(model: Any, trie: Trie, batcher: SidBatcher, normalize: Normalize, histories: Histories, beams: int) -> Tensor:
-    stepper = T5Stepper(model, **batcher.encoder_inputs(histories))
-    return beam_search(stepper, trie, beams, normalize=normalize == "catalogue")[0]
+def rank_t5(weights: T5Weights, trie: TitleTrie, batcher: SidBatcher, histories: Histories, beams: int) -> NDArray[np.int64]:
+    return rank_sids(weights, trie, batcher.encoder_inputs(histories), beams)[0]
 
 
 class Generate:
@@ -220,7 +216,7 @@ def same_lists(a: list[list[int]], b: list[list[int]]) -> float:
 
 def compare(split: Split, cornac: Path | None, rounds: int) -> bool:
     """Prints all; returns whether the lists are those of transformers."""
-    sids = semantic_ids(split)
+    sids = semantic_ids(tfidf_vectors(split.titles(), 64, seed=0))
     batcher = SidBatcher(sids, HISTORY)
     recipes = {
         f"grscale {architecture}, {normalize}": made(split, sids, architecture, normalize)
@@ -251,7 +247,7 @@ def compare(split: Split, cornac: Path | None, rounds: int) -> bool:
         each = {name: serve(rank, users, beams, 8 if name.startswith("cornac") else USERS) for name, rank in decoding.items()}
         turns(f"constrained beam search, {beams} beams, users", each, rounds)
     shared = recipes["grscale encoder-decoder, vocabulary"].recommender
-    mine = rank_t5(shared, Trie.build(sids.tokens.tolist()), batcher, "vocabulary", users, 10).tolist()
+    mine = rank_t5(T5Weights(shared), TitleTrie(sid_titles(sids), "vocabulary"), batcher, users, 10).tolist()
     share = same_lists(mine, Generate(shared, batcher).items(users, 10))
     print(f"\nsame 10 items as transformers on the same weights: {share:.1%} of {len(users)} users (expected: more than 99%)")
     return share > 0.99
@@ -262,13 +258,14 @@ def decoders(
 ) -> dict[str, Callable[[Histories, int], Any]]:
     """By name, what ranks items for a batch of users; transformers has the weights of the T5 over the vocabulary."""
     result: dict[str, Callable[[Histories, int], Any]] = {}
-    titles, trie = sid_titles(sids), Trie.build(sids.tokens.tolist())
-    for normalize in ("catalogue", "vocabulary"):
-        t5_model = recipes[f"grscale encoder-decoder, {normalize}"].recommender
-        result[f"grscale encoder-decoder, {normalize}"] = lambda h, b, m=t5_model, n=normalize: rank_t5(m, trie, batcher, n, h, b)
-    for normalize in ("catalogue", "vocabulary"):
-        lm, title_trie = recipes[f"grscale decoder-only, {normalize}"].recommender, TitleTrie(titles, normalize)
-        result[f"grscale decoder-only, {normalize}"] = lambda h, b, m=lm, t=title_trie: rank_titles(
+    titles = sid_titles(sids)
+    tries = {normalize: TitleTrie(titles, normalize) for normalize in get_args(Normalize)}
+    for normalize, trie in tries.items():
+        weights = T5Weights(recipes[f"grscale encoder-decoder, {normalize}"].recommender)
+        result[f"grscale encoder-decoder, {normalize}"] = lambda h, b, w=weights, t=trie: rank_t5(w, t, batcher, h, b)
+    for normalize, trie in tries.items():
+        lm = recipes[f"grscale decoder-only, {normalize}"].recommender
+        result[f"grscale decoder-only, {normalize}"] = lambda h, b, m=lm, t=trie: rank_titles(
             m, t, prompts(titles, h, HISTORY, most_tokens(sids, HISTORY)), b
         )
     result["transformers generate, dict trie"] = Generate(recipes["grscale encoder-decoder, vocabulary"].recommender, batcher)
@@ -300,11 +297,16 @@ def main() -> int:
         print("skipped: cornac's rows, for --cornac is not given")
     torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as folder:
-        data, parts = Path(folder) / "data", Path(folder) / "split"
-        import_dataset("jsonl", [DATA / "sequences.jsonl.gz", DATA / "items.jsonl.gz"], data)
-        parts.mkdir()
-        prepare_split(Dataset(data), LeaveOneOut(), parts)
-        return 0 if compare(Split(parts), options.cornac, options.rounds) else 1
+        return 0 if compare(beauty(Path(folder)), options.cornac, options.rounds) else 1
+
+
+def beauty(folder: Path) -> Split:
+    """Amazon Beauty's leave-one-out split, made in ``folder``."""
+    data, parts = folder / "data", folder / "split"
+    import_dataset("jsonl", [DATA / "sequences.jsonl.gz", DATA / "items.jsonl.gz"], data)
+    parts.mkdir()
+    prepare_split(Dataset(data), LeaveOneOut(), parts)
+    return Split(parts)
 
 
 if __name__ == "__main__":

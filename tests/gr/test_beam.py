@@ -26,12 +26,17 @@ class Table:
     def start(self) -> torch.Tensor:
         return torch.stack([self.logp(u, ()) for u in range(self.users)])
 
-    def advance(self, parents: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    def advance(self, parents: torch.Tensor, tokens: torch.Tensor, running: torch.Tensor) -> torch.Tensor:
         self.prefixes = [
             [(*self.prefixes[u][p], t) for p, t in zip(parents[u].tolist(), tokens[u].tolist(), strict=True)]
             for u in range(self.users)
         ]
-        return torch.stack([torch.stack([self.logp(u, x) for x in self.prefixes[u]]) for u in range(self.users)])
+        unread = torch.full((VOCAB,), 9.0, dtype=torch.float64)
+        rows = [
+            [self.logp(u, x) if run else unread for x, run in zip(self.prefixes[u], running[u].tolist(), strict=True)]
+            for u in range(self.users)
+        ]
+        return torch.stack([torch.stack(row) for row in rows])
 
 
 def brute_force(table: Table, sequences: list[tuple[int, ...]], user: int) -> list[float]:

@@ -175,7 +175,7 @@ def test_users_and_beams_that_ended_are_dropped_and_the_rest_unharmed(lm: Any) -
             kept.append(len(rows))
 
     for beams in (1, 2, 3):
-        ranked, scores = beam_search(Watched(lm, some, trie.search), trie.search, beams)
+        ranked, scores = beam_search(Watched(lm, some), trie.search, beams)
         for row, prompt in enumerate(some):
             alone, alone_scores, _ = rank_titles(lm, trie, [prompt], beams)
             assert ranked[row].tolist() == alone[0].tolist()
@@ -229,7 +229,7 @@ def test_decoding_flops_are_those_that_torch_counts(lm: Any, titles: Titles, nor
             masked += int((~self.seen).sum())
             return logp
 
-    stepper = Watched(lm, [prompt], trie.search)
+    stepper = Watched(lm, [prompt])
     with FlopCounterMode(display=False) as counter:
         beam_search(stepper, trie.search, 6, normalize == "catalogue")
     assert in_products(lm, stepper.flops, tokens, masked) == counter.get_total_flops()

@@ -15,6 +15,7 @@ from gr.data.stream import Example, TrainStream
 from gr.errors import UserError
 
 LIMIT = 5
+UNITS = ["targets", "users", "last", "subsequences"]
 
 
 @pytest.fixture(scope="module")
@@ -50,13 +51,18 @@ def units_of(split: Split, unit: str, number: int) -> Counter:
             train = row["items"][: row["n_train"]]
             if unit == "targets":
                 expected.update((row["user"], tuple(train[max(0, p - LIMIT) : p]), train[p]) for p in range(1, len(train)))
+            elif unit == "last":
+                expected.update((row["user"], tuple(train[max(0, p - LIMIT) : p]), train[p]) for p in range(1, len(train))[-1:])
+            elif unit == "subsequences":
+                pairs = [(s, p) for p in range(1, len(train)) for s in range(p) if p - s <= LIMIT]
+                expected.update((row["user"], tuple(train[s:p]), train[p]) for s, p in pairs)
             elif len(train) >= 2:
                 expected[(row["user"], tuple(train[-LIMIT - 1 :]), -1)] += 1
     return expected
 
 
 @settings(max_examples=10, deadline=None)
-@given(seed=st.integers(0, 2**32), unit=st.sampled_from(["targets", "users"]), share=st.integers(1, 9))
+@given(seed=st.integers(0, 2**32), unit=st.sampled_from(UNITS), share=st.integers(1, 9))
 def test_every_unit_once_an_epoch(split: Split, seed: int, unit: str, share: int) -> None:
     total = 0
     for v in range(STREAMS):
@@ -69,12 +75,13 @@ def test_every_unit_once_an_epoch(split: Split, seed: int, unit: str, share: int
         assert all(Counter(epoch) == expected for epoch in epochs)
         assert epochs[0] != epochs[1], "each epoch has its own order"
         assert own.batch(0)[0].history.dtype == np.int32
-    assert own.units == total == split.counts["train_targets" if unit == "targets" else "train_users"]
+    counted = {"targets": "train_targets", "users": "train_users", "last": "train_users"}
+    assert own.units == total == (split.counts[counted[unit]] if unit in counted else total)
     assert own.steps_per_epoch == total / (STREAMS * share)
 
 
 @settings(max_examples=20, deadline=None)
-@given(st.integers(0, 1000), st.sampled_from(["targets", "users"]), st.sampled_from([8, 16, 64]), st.integers(0, 300))
+@given(st.integers(0, 1000), st.sampled_from(UNITS), st.sampled_from([8, 16, 64]), st.integers(0, 300))
 def test_global_batch_is_free_of_the_world_size(split: Split, seed: int, unit: str, size: int, step: int) -> None:
     whole = plain(stream(split, unit, seed, size).batch(step))
     assert len(whole) == size
@@ -85,7 +92,7 @@ def test_global_batch_is_free_of_the_world_size(split: Split, seed: int, unit: s
 
 
 @settings(max_examples=8, deadline=None)
-@given(st.integers(0, 1000), st.sampled_from(["targets", "users"]), st.lists(st.integers(0, 80), min_size=1, max_size=8))
+@given(st.integers(0, 1000), st.sampled_from(UNITS), st.lists(st.integers(0, 80), min_size=1, max_size=8))
 def test_random_access_is_sequential_access(split: Split, seed: int, unit: str, steps: list[int]) -> None:
     sequential = stream(split, unit, seed)
     batches = [plain(sequential.batch(step)) for step in range(81)]
@@ -122,7 +129,7 @@ def test_wrong_arguments(split: Split, tmp_path: Path) -> None:
         stream(split, world=3)
     with pytest.raises(UserError, match="rank 2 of 2"):
         stream(split, rank=2, world=2)
-    with pytest.raises(UserError, match="'targets' or 'users'"):
+    with pytest.raises(UserError, match="one of targets, users, last, subsequences, found 'items'"):
         stream(split, unit="items")
     with pytest.raises(ValueError, match="at least 0"):
         stream(split).batch(-1)

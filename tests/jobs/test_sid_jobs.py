@@ -11,16 +11,24 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from accelerate import Accelerator
 from safetensors.torch import load_file
 from torch import equal
 
 from gr.data.dataset import DatasetWriter, Item, User
+from gr.data.split import Split
+from gr.data.stream import TrainStream
 from gr.files import read_json, write_json
 from gr.metrics import ranking_metrics
+from gr.sid.recommender import t5_flops
+from gr.sid.sids import SidTable
+from jobs.sid_config import TrainSidConfig
+from jobs.sid_recipes import Recipe, recipe
 from tests.conftest import ROOT, WORLD, Jobs
 
 SIZE = {"layers": 1, "d_model": 32, "heads": 2, "d_kv": 16, "d_ff": 64}
@@ -62,6 +70,64 @@ def test_the_whole_chain_beats_popularity(jobs: Jobs, split: str, sids: str, arc
     assert {k: evaluated.facts[k] for k in again} == pytest.approx(again)
     assert trained.facts["n_rs"] > trained.facts["n_non_embedding"] > 0
     assert trained.rows[-1]["step"] == 250
+
+
+READS = {"user_tokens": 50, "separator": True, "item_position": True}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("architecture", "rows", "places"), [("encoder-decoder", "subsequences", 10), ("decoder-only", "last", 11)]
+)
+def test_the_chain_with_all_that_can_be_read(
+    jobs: Jobs, split: str, sids: str, architecture: str, rows: str, places: int
+) -> None:
+    """Trained, saved, loaded and evaluated; and with other rows, by two processes as by one."""
+    name, config = f"reads-{architecture}", training(steps=150) | READS | {"architecture": architecture, "dropout": 0.0}
+    trained = jobs.run("train_sid", name, config, split=split, sids=sids)
+    evaluated = jobs.run("evaluate_sid", f"{name}-evaluated", {}, split=split, sids=sids, model=name)
+    floor = jobs.run("baseline", "popularity", {"method": "popularity"}, split=split)
+    assert evaluated.facts["evaluated_users"] == 300
+    assert evaluated.facts["recall@10"] > floor.facts["recall@10"]
+    weights = load_file(trained.out / "model.safetensors")
+    tables = [
+        w.shape for table in ("more", "place") for key, w in weights.items() if key.endswith(f"embed_tokens.{table}.weight")
+    ]
+    assert tables == [(51, 32), (places, 32)]
+    vocab = SidTable.read(jobs.folder / "artifacts" / sids / "sids.parquet").vocab
+    assert trained.facts["n_rs"] - trained.facts["n_non_embedding"] == (vocab + 51 + places) * 32
+    short = config | {"rows": rows, "optimizer": OPTIMIZER | {"steps": 20}}
+    one, two = (jobs.run("train_sid", f"{name}-{n}", short, processes=n, split=split, sids=sids).facts for n in (1, 2))
+    assert two["validations"] == [pytest.approx(v, abs=1e-4) for v in one["validations"]]
+    assert two["train_tokens"] == one["train_tokens"]
+
+
+def test_tokens_flops_and_units_of_what_is_trained_on(jobs: Jobs, split: str, sids: str) -> None:
+    """Counted from the examples of a step: the user's token, and every item's digits with their separator."""
+    data, codes = Split(jobs.folder / "artifacts" / split), SidTable.read(jobs.folder / "artifacts" / sids / "sids.parquet")
+    digits, batch = codes.tokens.shape[1], {"seed": 3, "global_batch": 64}
+
+    def made(**given: Any) -> Recipe:
+        return recipe(TrainSidConfig(**training() | READS | given), Accelerator(cpu=True), data, codes)
+
+    for rows, unit in (("last", "last"), ("prefixes", "targets"), ("subsequences", "subsequences")):
+        stream, trained = TrainStream(data, unit=unit, max_history=10, **batch), made(rows=rows)
+        lengths = np.array([1 + len(e.history) * (digits + 1) for e in stream.batch(5)])
+        micros = trained.batches(5, 1)
+        assert trained.facts["units_per_epoch"] == stream.units
+        assert sum(m.weight for m in micros) == 64
+        assert sum(m.tokens for m in micros) == lengths.sum() + 64 * digits
+        flops = 3 * t5_flops(trained.recommender.config, lengths, digits)
+        assert sum(m.flops for m in micros) == pytest.approx(flops, rel=1e-12)
+    users = TrainStream(data, unit="users", max_history=10**6, **batch)
+    histories = [len(e.history) for e in users.batch(5)]
+    trained = {rows: made(architecture="decoder-only", rows=rows) for rows in ("last", "prefixes")}
+    last, prefixes = (trained[rows].batches(5, 1) for rows in ("last", "prefixes"))
+    assert {r.facts["units_per_epoch"] for r in trained.values()} == {users.units}
+    assert sum(m.weight for m in last) == 64 and sum(m.weight for m in prefixes) == sum(histories) - 64
+    # Of the last item neither the last digit nor the separator is run.
+    assert sum(m.tokens for m in last) == sum(2 + min(n, 11) * (digits + 1) - 2 for n in histories)
+    assert sum(m.flops for m in last) < sum(m.flops for m in prefixes)
 
 
 @pytest.mark.usefixtures("sids")  # which make the embeddings
@@ -250,6 +316,9 @@ def test_a_loss_that_is_no_number_ends_the_run_with_its_reason(jobs: Jobs, split
 def test_mistakes_are_one_line_and_exit_2(jobs: Jobs, split: str, sids: str) -> None:
     wrong_key = jobs.run("train_sid", "wrong", training() | {"drop_out": 1}, expect=2, split=split, sids=sids)
     assert "config: drop_out" in wrong_key.stderr and "Traceback" not in wrong_key.stderr
+    rows = training() | {"rows": "subsequences", "architecture": "decoder-only"}
+    refused = jobs.run("train_sid", "wrong", rows, expect=2, split=split, sids=sids)
+    assert "rows: subsequences is for architecture: encoder-decoder" in refused.stderr and refused.stderr.count("\n") == 1
     missing = jobs.run("train_sid", "missing", training(), expect=2, split=split, sids="nowhere")
     assert "inputs.sids" in missing.stderr and "Traceback" not in missing.stderr
     for config, word in (({}, "either"), ({"model": "no/such-model"}, "can't be loaded as an encoder")):
