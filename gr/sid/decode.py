@@ -88,35 +88,40 @@ class T5Stepper:
         """(users, beams) last tokens -> (users, beams, vocab) log-probabilities, 0 where a beam is not ``running``."""
         user, beam = running.nonzero(as_tuple=True)
         self.row = torch.zeros_like(tokens).masked_scatter_(running, torch.arange(len(user), device=user.device))
-        # Among its user's running beams the how manieth, which is its place among the queries of cross-attention.
-        place = user * running.shape[1] + beam
+        # Among the queries of cross-attention a user's running beams stand first, in as many places as any user needs.
+        each = running.sum(dim=1)
+        most, alive = int(each.max()), each.tolist()
+        groups = [n for n, g in enumerate(self.layout.groups) if any(alive[g.users])]
+        place = user * most + (running.cumsum(dim=1) - 1)[user, beam]
         x = self.weights.model.shared(tokens[running])
         bias = self._position_bias()
         past: list[tuple[Tensor, Tensor]] = []
         for i, block in enumerate(self.weights.blocks):
             x = x + linear(self._self_attention(linear(self._norm(x), block.qkv), bias, i, past), block.own_out)
-            x = x + linear(self._cross_attention(linear(self._norm(x), block.cross_q), i, place, running.shape), block.cross_out)
+            x = x + linear(self._cross_attention(linear(self._norm(x), block.cross_q), i, groups, place, most), block.cross_out)
             x = x + linear(relu(linear(self._norm(x), block.wi), inplace=True), block.wo)
         self.past = past
         self.position += 1
-        return self._predictions(self._norm(x), place, running.shape)
+        return self._predictions(self._norm(x), user, beam, running.shape)
 
-    def _predictions(self, x: Tensor, place: Tensor, shape: Sequence[int]) -> Tensor:
-        """(running beams, d_model), and their places among all of ``shape`` -> what `gr.beam.Stepper` returns."""
+    def _predictions(self, x: Tensor, user: Tensor, beam: Tensor, shape: Sequence[int]) -> Tensor:
+        """(running beams, d_model), and whose each is among all of ``shape`` -> what `gr.beam.Stepper` returns."""
         head, normalized = self.weights.head, self.trie.normalize == "vocabulary"
         # A search that normalises over a digit's own tokens reads no others.
         first, end = (0, len(head)) if normalized else self.trie.search.span[self.position - 1]
         logits = linear(x, head[first:end])
-        self._count(place // shape[1], logits.numel())
+        self._count(user, logits.numel())
         if normalized:
             logits = logits.float().log_softmax(-1)
-        if len(place) == shape[0] * shape[1] and len(head) == end - first:
+        whole = len(user) == shape[0] * shape[1]
+        if whole and normalized:
             return logits.view(*shape, -1)
-        result = logits.new_empty(shape[0] * shape[1], len(head))
-        read = result[:, first:end]
-        read.zero_()
-        read[place] = logits
-        return result.view(*shape, -1)
+        result = logits.new_empty(*shape, len(head))
+        read = result[..., first:end]
+        if not whole:
+            read.zero_()
+        read[user, beam] = logits
+        return result
 
     def _count(self, user: Tensor, scores: int) -> None:
         pairs = len(user) * self.position + int(self.lengths[user].sum())
@@ -138,20 +143,17 @@ class T5Stepper:
         scores = (q * k).sum(-1, keepdim=True) + bias  # a handful of positions: no matrix product worth starting
         return (scores.softmax(1) * v).sum(1).view(len(qkv), -1)
 
-    def _cross_attention(self, q: Tensor, block: int, place: Tensor, shape: Sequence[int]) -> Tensor:
-        users, beams = shape
-        if len(q) < users * beams:
-            filled = q.new_zeros(users * beams, q.shape[1])
-            filled[place] = q
-            q = filled
-        parts = []
-        for group, cross in zip(self.layout.groups, self.cross, strict=True):
-            k, v = cross[2 * block : 2 * block + 2]
-            some = heads_of(q[group.users.start * beams : group.users.stop * beams], len(group), self.heads)
-            scores = some @ k.transpose(2, 3)
-            parts.append(rows_of((scores if group.hidden is None else scores + group.hidden).softmax(-1) @ v))
-        out = torch.cat(parts)
-        return out if len(place) == len(out) else out[place]
+    def _cross_attention(self, q: Tensor, block: int, groups: list[int], place: Tensor, beams: int) -> Tensor:
+        """(running beams, heads x d_kv) queries, in ``place`` among (users x ``beams``), all of them of users in ``groups``."""
+        whole = len(place) == self.users * beams
+        queries = q if whole else q.new_zeros(self.users * beams, q.shape[1]).index_copy_(0, place, q)
+        out = torch.empty_like(queries)
+        for number in groups:
+            group, (k, v) = self.layout.groups[number], self.cross[number][2 * block : 2 * block + 2]
+            rows = slice(group.users.start * beams, group.users.stop * beams)
+            scores = heads_of(queries[rows], len(group), self.heads) @ k.transpose(2, 3)
+            out[rows] = rows_of((scores if group.hidden is None else scores + group.hidden).softmax(-1) @ v)
+        return out if whole else out[place]
 
 
 @torch.no_grad()

@@ -49,7 +49,7 @@ DATA = Path(__file__).resolve().parents[3] / "shared" / "data" / "amazon-beauty"
 SIZE = T5Size(layers=2, d_model=128, heads=4, d_kv=32, d_ff=512)
 CAUSAL = T5Size(layers=4, d_model=128, heads=4, d_kv=32, d_ff=428)  # of as many parameters
 BATCH, HISTORY, WIDTH, BEAMS = 64, 20, 256, (10, 20, 50)
-STEPS, USERS = 5, 64  # of a turn: training steps, and users for whom items are ranked
+STEPS, USERS = 5, 256  # of a turn: training steps, and users for whom items are ranked, in batches
 Histories = Sequence[NDArray[np.int32]]
 Turn = Callable[[int], float]
 """Takes the turn's number, returns how many targets it trained or users it served."""

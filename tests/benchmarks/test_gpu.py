@@ -36,6 +36,7 @@ def test_without_a_gpu_it_says_so() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(("paradigm", "rows", "unit"), [("sid", 2, "targets/s"), ("llm", 2, "title tokens/s")])
 def test_in_small(paradigm: str, rows: int, unit: str) -> None:
     table = [line.split(" | ") for line in run(paradigm, "--device", "cpu", "--tiny", "--peak-tflops", "0.001").splitlines()]
