@@ -1,7 +1,6 @@
 """Both paradigms on one GPU: training throughput, model FLOPs utilisation, memory and users decoded per second, by size.
 
-    python tests/benchmarks/gpu.py sid [--only 43M] [--steps 20] [--users 512] [--peak-tflops 989]
-    python tests/benchmarks/gpu.py llm
+    python tests/benchmarks/gpu.py [sid|llm] [--only 43M] [--steps 20] [--users 512] [--peak-tflops 989]
 
 `sid`: the paper's ten sizes (336K to 192M; arXiv 2509.25522) as T5-style encoder-decoders and as decoder-only models of as many
 parameters, trained and decoded over the catalogue. `llm`: a ladder of fresh Qwen3-architecture backbones, 1M to 300M, trained
@@ -209,7 +208,7 @@ def split_of(folder: Path, tiny: bool) -> tuple[Split, str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("paradigm", choices=("sid", "llm"))
+    parser.add_argument("paradigm", nargs="?", choices=("sid", "llm"), help="both, one after the other, where left out")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--tiny", action="store_true", help="one small size, a few steps")
     parser.add_argument("--only", action="append", help="a size of the ladder; may be given several times")
@@ -222,7 +221,14 @@ def main() -> int:
     if options.device == "cuda" and not torch.cuda.is_available():
         print("skipped: no CUDA device here (--device cpu --tiny runs a small version on the CPU)")
         return 0
-    if options.paradigm == "sid":
+    for paradigm in (options.paradigm,) if options.paradigm else ("sid", "llm"):
+        compare(paradigm, options)
+    return 0
+
+
+def compare(paradigm: str, options: argparse.Namespace) -> None:
+    """Measures all sizes of one paradigm and prints their table."""
+    if paradigm == "sid":
         from tests.benchmarks.gpu_sid import contenders
     else:
         from tests.benchmarks.gpu_llm import contenders
@@ -238,7 +244,6 @@ def main() -> int:
     peak = f"dense bf16 peak {device.peak / 1e12:.0f} TFLOP/s" if device.peak else "peak not known: give --peak-tflops for MFU"
     print(f"\n{data}; {device.name}, {peak}; torch {torch.__version__}; {steps} steps of {batch}, {len(users)} users, ", end="")
     print(f"{options.beams} beams\n\n{markdown(rows)}")
-    return 0
 
 
 if __name__ == "__main__":
