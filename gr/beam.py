@@ -115,9 +115,13 @@ def _extend(
 def _top(flat: Tensor, keep: int) -> tuple[Tensor, Tensor]:
     """The ``keep`` largest of each row and where they are, best first, ties in index order: topk alone leaves open which of the
     ties at the cut it takes."""
-    least = flat.topk(keep, dim=1).values[:, -1:]
-    above, equal = flat > least, flat == least
-    room = keep - above.sum(dim=1, keepdim=True)
-    index = (above | (equal & (equal.cumsum(dim=1) <= room))).nonzero()[:, 1].reshape(len(flat), keep)
+    values, index = flat.topk(keep, dim=1)
+    least = values[:, -1:]
+    cut = (flat == least).sum(dim=1) > (values == least).sum(dim=1)
+    if bool((cut & ~least[:, 0].isinf()).any()):  # which of the sequences that there are not is all the same
+        above, equal = flat > least, flat == least
+        room = keep - above.sum(dim=1, keepdim=True)
+        index = (above | (equal & (equal.cumsum(dim=1) <= room))).nonzero()[:, 1].reshape(len(flat), keep)
+    index = index.sort(dim=1).values
     best, order = flat.gather(1, index).sort(dim=1, descending=True, stable=True)
     return best, index.gather(1, order)

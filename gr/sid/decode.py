@@ -19,7 +19,7 @@ from transformers import T5ForConditionalGeneration
 from gr.beam import beam_search
 from gr.llm.titles import TitleTrie
 from gr.sid.recommender import decoder_flops, encoder_flops
-from gr.sid.t5 import Layout, encode, heads_of, rows_of
+from gr.sid.t5 import Layout, encode, heads_of, position_bias, rows_of
 
 
 class T5Weights:
@@ -28,14 +28,29 @@ class T5Weights:
     @torch.no_grad()
     def __init__(self, model: T5ForConditionalGeneration) -> None:
         self.model, self.config = model, model.config
+        encoder: Any = model.encoder
         decoder: Any = model.decoder
         self.blocks = [_Block(block) for block in decoder.block]
         across = [block.layer[1].EncDecAttention for block in decoder.block]
         self.cross = torch.cat([w for a in across for w in (a.k.weight, a.v.weight)])
-        self.position = decoder.block[0].layer[0].SelfAttention
+        # Distances are few: their biases are computed once, and again when a history is longer than any before.
+        self.own_bias, self.encoder_bias = position_bias(decoder, 1), position_bias(model.encoder, 1)
         norm = decoder.final_layer_norm
         scale = model.config.d_model**-0.5 if model.config.scale_decoder_outputs else 1.0
         self.head, self.eps = model.lm_head.weight * norm.weight * scale, norm.variance_epsilon
+
+        # The first block reads nothing but the token: its queries, keys and values are looked up.
+        own = encoder.block[0].layer[0]
+        plain = encoder.embed_tokens is model.shared  # else a token's place counts too (`gr.sid.inputs`)
+        attention = own.SelfAttention
+        self.first = [p(own.layer_norm(model.shared.weight)) for p in (attention.q, attention.k, attention.v)] if plain else None
+
+    def biases(self, longest: int, digits: int) -> None:
+        """Sees to it that there are the encoder's for ``longest`` tokens and the decoder's for ``digits``."""
+        if self.encoder_bias.shape[-1] < longest:
+            self.encoder_bias = position_bias(self.model.encoder, longest)
+        if self.own_bias.shape[-1] < digits:
+            self.own_bias = position_bias(self.model.decoder, digits)
 
 
 class _Block:
@@ -62,7 +77,10 @@ class T5Stepper:
         self.users = len(input_ids)
         model: Any = weights.model
         self.layout = Layout.of(attention_mask, model.dtype)
-        encoded = encode(model.encoder, model.encoder.embed_tokens(input_ids.flatten()[self.layout.index]), self.layout)
+        weights.biases(input_ids.shape[1], trie.search.depth)
+        ids = input_ids.flatten()[self.layout.index]
+        first = None if weights.first is None else [table[ids] for table in weights.first]
+        encoded = encode(model.encoder, model.encoder.embed_tokens(ids), self.layout, weights.encoder_bias, first)
         projected = linear(encoded, weights.cross).view(len(encoded), -1, self.heads * self.d_kv)
         # Per group and block the keys and then the values, in the order in which every step reads them.
         self.cross = [
@@ -94,7 +112,7 @@ class T5Stepper:
         groups = [n for n, g in enumerate(self.layout.groups) if any(alive[g.users])]
         place = user * most + (running.cumsum(dim=1) - 1)[user, beam]
         x = self.weights.model.shared(tokens[running])
-        bias = self._position_bias()
+        bias = self.weights.own_bias[0, :, self.position, : self.position + 1].T[..., None]  # (positions so far, heads, 1)
         past: list[tuple[Tensor, Tensor]] = []
         for i, block in enumerate(self.weights.blocks):
             x = x + linear(self._self_attention(linear(self._norm(x), block.qkv), bias, i, past), block.own_out)
@@ -130,11 +148,6 @@ class T5Stepper:
     def _norm(self, x: Tensor) -> Tensor:
         return rms_norm(x, x.shape[-1:], eps=self.weights.eps)
 
-    def _position_bias(self) -> Tensor:
-        """(positions so far, heads, 1): T5's relative bias of the newest position, held by the first block's attention."""
-        bias: Tensor = self.weights.position.compute_bias(1, self.position + 1, past_seen_tokens=self.position)
-        return bias[0, :, 0].T[..., None]
-
     def _self_attention(self, qkv: Tensor, bias: Tensor, block: int, past: list[tuple[Tensor, Tensor]]) -> Tensor:
         q, k, v = qkv.view(len(qkv), 3, 1, self.heads, self.d_kv).unbind(1)
         if self.past:
@@ -156,7 +169,7 @@ class T5Stepper:
         return out if whole else out[place]
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def rank_sids(
     weights: T5Weights, trie: TitleTrie, inputs: dict[str, Tensor], beams: int
 ) -> tuple[NDArray[np.int64], NDArray[np.float32], float]:

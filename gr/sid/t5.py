@@ -10,7 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.functional import relu
 from transformers import T5ForConditionalGeneration
@@ -48,27 +50,30 @@ class Layout:
     def of(cls, attention_mask: Tensor, dtype: torch.dtype) -> "Layout":
         """``attention_mask``: (users, tokens), 0 at padding, which stands on the right."""
         users, width = attention_mask.shape
-        device = attention_mask.device
-        lengths, order = attention_mask.sum(dim=1).clamp(min=1).sort(stable=True)
-        known = lengths.tolist()
+        counts = attention_mask.sum(dim=1).clamp(min=1).cpu().numpy()
+        order = np.argsort(counts, kind="stable")
+        lengths = counts[order]
         index, groups, row = [], [], 0
-        for start, end in itertools.pairwise(_cuts(known, max(LEAST_IN_GROUP, users // GROUPS))):
-            longest, some = known[end - 1], order[start:end]
-            index.append((some[:, None] * width + torch.arange(longest, device=device)).flatten())
+        for start, end in itertools.pairwise(_cuts(lengths, max(LEAST_IN_GROUP, users // GROUPS))):
+            longest, some = int(lengths[end - 1]), order[start:end]
+            index.append((some[:, None] * width + np.arange(longest)).ravel())
             hidden = None
-            if known[start] < longest:
-                hidden = torch.zeros(len(some), 1, 1, longest, dtype=dtype, device=device)
-                hidden.masked_fill_(attention_mask[some, None, None, :longest] == 0, torch.finfo(dtype).min)
+            if lengths[start] < longest:
+                padding = np.arange(longest) >= lengths[start:end, None]
+                hidden = torch.zeros(len(some), 1, 1, longest, dtype=dtype)
+                hidden.masked_fill_(torch.from_numpy(padding)[:, None, None], torch.finfo(dtype).min)
+                hidden = hidden.to(attention_mask.device)
             groups.append(Group(slice(start, end), slice(row, row + len(some) * longest), longest, hidden))
             row += len(some) * longest
-        return cls(tuple(groups), order, torch.cat(index))
+        both = (torch.from_numpy(x).to(attention_mask.device) for x in (order, np.concatenate(index)))
+        return cls(tuple(groups), *both)
 
 
-def _cuts(lengths: Sequence[int], least: int) -> list[int]:
+def _cuts(lengths: NDArray[np.int64], least: int) -> list[int]:
     """Where to cut rising ``lengths``: between different ones, at least ``least`` from the cut before and from the end."""
     cuts = [0]
-    for place in range(1, len(lengths) - least + 1):
-        if lengths[place] > lengths[place - 1] and place - cuts[-1] >= least:
+    for place in (np.flatnonzero(np.diff(lengths)) + 1).tolist():
+        if place - cuts[-1] >= least and len(lengths) - place >= least:
             cuts.append(place)
     return [*cuts, len(lengths)]
 
@@ -83,19 +88,26 @@ def rows_of(x: Tensor) -> Tensor:
     return x.transpose(1, 2).reshape(x.shape[0] * x.shape[2], -1)
 
 
-def encode(encoder: Any, embedded: Tensor, layout: Layout) -> Tensor:
-    """(rows, d_model) embedded tokens -> (rows, d_model) of T5's ``encoder``."""
+def encode(
+    encoder: Any, embedded: Tensor, layout: Layout, bias: Tensor | None = None, first: Sequence[Tensor] | None = None
+) -> Tensor:
+    """(rows, d_model) embedded tokens -> (rows, d_model) of T5's ``encoder``.
+
+    ``bias``: (1, heads, n, n) of relative positions, n at least the longest history, where it is known already; ``first``: so are
+    the first block's (rows, heads x d_kv) queries, keys and values.
+    """
     share, training, heads = encoder.config.dropout_rate, encoder.training, encoder.config.num_heads
-    first: Any = encoder.block[0].layer[0].SelfAttention
-    longest = max(g.longest for g in layout.groups)
-    bias = first.compute_bias(longest, longest, device=embedded.device)
+    if bias is None:
+        bias = position_bias(encoder, max(g.longest for g in layout.groups))
     biases = [_biased(bias[..., : g.longest, : g.longest], g.hidden) for g in layout.groups]
     x = dropout(embedded, share, training)
     for block in encoder.block:
         own, feed_forward = block.layer[0], block.layer[1]
         attention = own.SelfAttention
-        normed = own.layer_norm(x)
-        q, k, v = attention.q(normed), attention.k(normed), attention.v(normed)
+        if first is None:
+            normed = own.layer_norm(x)
+            first = attention.q(normed), attention.k(normed), attention.v(normed)
+        (q, k, v), first = first, None
         parts = []
         for group, b in zip(layout.groups, biases, strict=True):
             gq, gk, gv = (heads_of(y[group.rows], len(group), heads) for y in (q, k, v))
@@ -107,6 +119,12 @@ def encode(encoder: Any, embedded: Tensor, layout: Layout) -> Tensor:
 
 def _biased(scores: Tensor, bias: Tensor | None) -> Tensor:
     return scores if bias is None else scores + bias
+
+
+def position_bias(stack: Any, longest: int) -> Tensor:
+    """(1, heads, longest, longest): what T5 adds to scores by the distance of query and key; the first block holds it for all."""
+    bias: Tensor = stack.block[0].layer[0].SelfAttention.compute_bias(longest, longest)
+    return bias
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, share: float, training: bool) -> Tensor:
@@ -123,9 +141,8 @@ def decode(decoder: Any, embedded: Tensor, encoded: Tensor, layout: Layout) -> T
     """(users, n, d_model) embedded tokens, in ``layout.order`` -> (users x n, d_model) of T5's ``decoder``."""
     users, n, width = embedded.shape
     share, training, heads = decoder.config.dropout_rate, decoder.training, decoder.config.num_heads
-    first: Any = decoder.block[0].layer[0].SelfAttention
     causal = torch.full((n, n), torch.finfo(embedded.dtype).min, dtype=embedded.dtype, device=embedded.device).triu(1)
-    bias = first.compute_bias(n, n, device=embedded.device) + causal
+    bias = position_bias(decoder, n) + causal
     x = dropout(embedded.reshape(users * n, width), share, training)
     for block in decoder.block:
         own, across, feed_forward = block.layer

@@ -1,5 +1,6 @@
 """Splits: against a plain per-user rereading of the protocols."""
 
+import time
 from pathlib import Path
 
 import numpy as np
@@ -205,7 +206,11 @@ def test_a_history_does_not_hold_its_shard_in_memory(tmp_path: Path) -> None:
     before = pa.total_allocated_bytes()
     kept = list(split.evaluation_users("val", limit=8))
     assert len(kept) == 8
-    assert pa.total_allocated_bytes() - before < 10_000, "8 histories of 2 kB, out of shards of 100 kB"
+    held = [pa.total_allocated_bytes() - before]
+    while held[-1] >= 10_000 and len(held) < 100:  # Arrow's threads give back what they read with a little later
+        time.sleep(0.05)
+        held.append(pa.total_allocated_bytes() - before)
+    assert held[-1] < 10_000, "8 histories of 2 kB, out of shards of 100 kB"
 
 
 def flipped(file: Path) -> bytes:
