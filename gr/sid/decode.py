@@ -28,7 +28,6 @@ class T5Weights:
     @torch.no_grad()
     def __init__(self, model: T5ForConditionalGeneration) -> None:
         self.model, self.config = model, model.config
-        encoder: Any = model.encoder
         decoder: Any = model.decoder
         self.blocks = [_Block(block) for block in decoder.block]
         across = [block.layer[1].EncDecAttention for block in decoder.block]
@@ -38,12 +37,6 @@ class T5Weights:
         norm = decoder.final_layer_norm
         scale = model.config.d_model**-0.5 if model.config.scale_decoder_outputs else 1.0
         self.head, self.eps = model.lm_head.weight * norm.weight * scale, norm.variance_epsilon
-
-        # The first block reads nothing but the token: its queries, keys and values are looked up.
-        own = encoder.block[0].layer[0]
-        plain = encoder.embed_tokens is model.shared  # else a token's place counts too (`gr.sid.inputs`)
-        attention = own.SelfAttention
-        self.first = [p(own.layer_norm(model.shared.weight)) for p in (attention.q, attention.k, attention.v)] if plain else None
 
     def biases(self, longest: int, digits: int) -> None:
         """Sees to it that there are the encoder's for ``longest`` tokens and the decoder's for ``digits``."""
@@ -78,9 +71,8 @@ class T5Stepper:
         model: Any = weights.model
         self.layout = Layout.of(attention_mask, model.dtype)
         weights.biases(input_ids.shape[1], trie.search.depth)
-        ids = input_ids.flatten()[self.layout.index]
-        first = None if weights.first is None else [table[ids] for table in weights.first]
-        encoded = encode(model.encoder, model.encoder.embed_tokens(ids), self.layout, weights.encoder_bias, first)
+        embedded = model.encoder.embed_tokens(input_ids.flatten()[self.layout.index])
+        encoded = encode(model.encoder, embedded, self.layout, weights.encoder_bias)
         projected = linear(encoded, weights.cross).view(len(encoded), -1, self.heads * self.d_kv)
         # Per group and block the keys and then the values, in the order in which every step reads them.
         self.cross = [
@@ -103,13 +95,13 @@ class T5Stepper:
         return self._step(tokens, running)
 
     def _step(self, tokens: Tensor, running: Tensor) -> Tensor:
-        """(users, beams) last tokens -> (users, beams, vocab) log-probabilities, 0 where a beam is not ``running``."""
+        """(users, beams) last tokens -> (users, beams, vocab) of `gr.beam.Stepper`, 0 where a beam is not ``running``."""
         user, beam = running.nonzero(as_tuple=True)
         self.row = torch.zeros_like(tokens).masked_scatter_(running, torch.arange(len(user), device=user.device))
         # Among the queries of cross-attention a user's running beams stand first, in as many places as any user needs.
-        each = running.sum(dim=1)
-        most, alive = int(each.max()), each.tolist()
-        groups = [n for n, g in enumerate(self.layout.groups) if any(alive[g.users])]
+        each = running.sum(dim=1).cpu().numpy()
+        most = int(each.max())
+        groups = [n for n, g in enumerate(self.layout.groups) if each[g.users].any()]
         place = user * most + (running.cumsum(dim=1) - 1)[user, beam]
         x = self.weights.model.shared(tokens[running])
         bias = self.weights.own_bias[0, :, self.position, : self.position + 1].T[..., None]  # (positions so far, heads, 1)

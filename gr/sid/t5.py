@@ -6,7 +6,6 @@ goes group by group, each padded to its own longest. transformers' T5 gives the 
 """
 
 import itertools
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,13 +87,10 @@ def rows_of(x: Tensor) -> Tensor:
     return x.transpose(1, 2).reshape(x.shape[0] * x.shape[2], -1)
 
 
-def encode(
-    encoder: Any, embedded: Tensor, layout: Layout, bias: Tensor | None = None, first: Sequence[Tensor] | None = None
-) -> Tensor:
+def encode(encoder: Any, embedded: Tensor, layout: Layout, bias: Tensor | None = None) -> Tensor:
     """(rows, d_model) embedded tokens -> (rows, d_model) of T5's ``encoder``.
 
-    ``bias``: (1, heads, n, n) of relative positions, n at least the longest history, where it is known already; ``first``: so are
-    the first block's (rows, heads x d_kv) queries, keys and values.
+    ``bias``: (1, heads, n, n) of relative positions, n at least the longest history, where it is known already.
     """
     share, training, heads = encoder.config.dropout_rate, encoder.training, encoder.config.num_heads
     if bias is None:
@@ -104,10 +100,8 @@ def encode(
     for block in encoder.block:
         own, feed_forward = block.layer[0], block.layer[1]
         attention = own.SelfAttention
-        if first is None:
-            normed = own.layer_norm(x)
-            first = attention.q(normed), attention.k(normed), attention.v(normed)
-        (q, k, v), first = first, None
+        normed = own.layer_norm(x)
+        q, k, v = attention.q(normed), attention.k(normed), attention.v(normed)
         parts = []
         for group, b in zip(layout.groups, biases, strict=True):
             gq, gk, gv = (heads_of(y[group.rows], len(group), heads) for y in (q, k, v))
