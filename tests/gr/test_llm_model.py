@@ -420,3 +420,16 @@ def test_the_loss_learns_and_its_gradient_is_that_of_its_parts(tokenizer: Any, t
         loss.backward()
         optimizer.step()
     assert loss.item() < 0.5 * first
+
+
+@pytest.mark.parametrize(
+    ("about", "vocab", "sizes"),
+    [
+        (30e3, 300, {"layers": 2, "d_model": 32, "heads": 4, "d_ff": 64}),
+        (1e9, 32000, {"layers": 16, "d_model": 2048, "heads": 16, "d_ff": 7168, "kv_heads": 8}),
+    ],
+)
+def test_fresh_backbones_span_the_sizes_of_a_ladder(about: float, vocab: int, sizes: dict[str, int]) -> None:
+    with torch.device("meta"):
+        counts = count(fresh_backbone(vocab, **sizes))
+    assert counts.total == pytest.approx(about, rel=0.1)
