@@ -366,6 +366,7 @@ def test_a_study_sweeps_measures_and_does_nothing_again(
 
 
 @pytest.mark.slow
+@pytest.mark.long  # a minute, of which the whole suite has none left
 def test_a_trial_that_crashed_is_told_and_tried_again(
     study_file: Path, tmp_path: Path, trainings: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

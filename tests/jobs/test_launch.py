@@ -126,7 +126,7 @@ def test_on_cpu_the_group_forms_without_accelerate_being_told(jobs: Jobs, split:
     shell |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     subprocess.run([*words, "-m", "jobs.train_sid", str(path)], cwd=ROOT, env=shell, check=True, capture_output=True, timeout=300)
     facts = Finished(jobs.folder, "untold", "").facts
-    assert facts["launches"] == [[0, 2, 0, 1]] and facts["micro_batch"] == 8, "each process has half of the batch"
+    assert facts["launches"] == [[0, 2, 0, 1]] and facts["micro_batch"] == 32, "each process has half of the batch"
 
 
 def test_a_checkpoint_of_other_devices_is_the_same_run_but_for_rounding(tmp_path: Path) -> None:

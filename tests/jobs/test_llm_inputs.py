@@ -78,6 +78,7 @@ def test_titles_with_attributes_and_semantic_ids(jobs: Jobs, split: str, backbon
 
 
 @pytest.mark.slow
+@pytest.mark.long  # a minute, of which the whole suite has none left
 def test_zero_3_trains_the_same_and_saves_whole_weights(jobs: Jobs, split: str, sids: str) -> None:
     """Its weights are large enough to be shared out; the rows of new tokens are among them, and the frozen ones are saved too."""
     wide = PRETRAIN | {"size": {"layers": 1, "d_model": 384, "heads": 2, "d_ff": 768}, "optimizer": {"steps": 2, "lr": 0.001}}
