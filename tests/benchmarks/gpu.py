@@ -32,14 +32,11 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from gr.data.dataset import Dataset
-from gr.data.importer import import_dataset
-from gr.data.planted import World, plant
-from gr.data.split import EvaluationUser, LeaveOneOut, Split, prepare_split
+from gr.data.planted import World
+from gr.data.split import EvaluationUser, Split
 from jobs.smaller import out_of_memory
 from jobs.trainer import Micro
 
-DATA = Path(__file__).resolve().parents[3] / "shared" / "data" / "amazon-beauty"
 BEAUTY = World(users=22_363, items=12_101, mean_length=9)
 TINY = World(users=120, items=60, topics=6, communities=4, subtopics=2, mean_length=8)
 BATCH = 128
@@ -195,15 +192,10 @@ def markdown(rows: list[dict[str, str]]) -> str:
 
 def split_of(folder: Path, tiny: bool) -> tuple[Split, str]:
     """A leave-one-out split, and what it is of."""
-    dataset, parts = folder / "data", folder / "split"
-    real = DATA.is_dir() and not tiny
-    if real:
-        import_dataset("jsonl", [DATA / "sequences.jsonl.gz", DATA / "items.jsonl.gz"], dataset)
-    else:
-        plant(TINY if tiny else BEAUTY, dataset)
-    parts.mkdir()
-    prepare_split(Dataset(dataset), LeaveOneOut(), parts)
-    return Split(parts), "Amazon Beauty" if real else "a planted world"
+    from tests.benchmarks.beauty import DATA, leave_one_out
+
+    world = TINY if tiny else None if DATA.is_dir() else BEAUTY
+    return leave_one_out(folder, world), "a planted world" if world else "Amazon Beauty"
 
 
 def main() -> int:

@@ -28,12 +28,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from beauty import DATA, leave_one_out
 from torch import Tensor
 
-from gr.data.dataset import Dataset
-from gr.data.importer import import_dataset
-from gr.data.planted import World, plant
-from gr.data.split import LeaveOneOut, Split, prepare_split
+from gr.data.planted import World
+from gr.data.split import Split
 from gr.data.stream import TrainStream
 from gr.llm.backbone import NextTitle, fresh_backbone
 from gr.llm.decode import rank_titles
@@ -43,7 +42,6 @@ from gr.llm.tokenizer import frame_of
 from gr.terms import Normalize
 from gr.text import train_tokenizer
 
-DATA = Path(__file__).resolve().parents[3] / "shared" / "data" / "amazon-beauty"
 ITEMS, VOCAB, HISTORY, TOKENS, BEAMS, TOP = 12_101, 2000, 20, 1024, 20, 10
 SIZE = {"layers": 2, "d_model": 96, "heads": 4, "d_ff": 384}  # the largest rung of cluster/studies/beauty-cpu.yaml
 Lists = list[list[int]]
@@ -155,18 +153,6 @@ def compare(lm: Any, titles: Titles, trie: TitleTrie, turns: list[list[Ints]], p
     return ratios["wall"], float(shared)
 
 
-def data(folder: Path) -> tuple[Split, str]:
-    """A leave-one-out split, and what it is of."""
-    dataset, parts = folder / "data", folder / "split"
-    if DATA.is_dir():
-        import_dataset("jsonl", [DATA / "sequences.jsonl.gz", DATA / "items.jsonl.gz"], dataset)
-    else:
-        plant(World(users=4000, items=ITEMS), dataset)
-    parts.mkdir()
-    prepare_split(Dataset(dataset), LeaveOneOut(), parts)
-    return Split(parts), "Amazon Beauty" if DATA.is_dir() else "a planted world"
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=1)
@@ -177,7 +163,8 @@ def main() -> int:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as folder:
-        split, name = data(Path(folder))
+        world = None if DATA.is_dir() else World(users=4000, items=ITEMS)
+        split, name = leave_one_out(Path(folder), world), "a planted world" if world else "Amazon Beauty"
         items = split.items()
         tokenizer = train_tokenizer(title_texts(items)[0], VOCAB)
         titles = Titles.build(items, tokenizer, frame_of(tokenizer))

@@ -19,10 +19,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from beauty import DATA, leave_one_out
 
-from gr.data.dataset import Dataset
-from gr.data.importer import import_dataset
-from gr.data.split import LeaveOneOut, Split, prepare_split
 from gr.data.stream import TrainStream
 from gr.llm.backbone import NextTitle, checkpoint_activations, count, fresh_backbone
 from gr.llm.sequences import Batch, Items, Packed, micro_batches, target_sequence, training_sequences, windows
@@ -31,7 +29,6 @@ from gr.llm.tokenizer import frame_of
 from gr.llm.tuning import made_trainable, trained_facts, tuning_flops
 from gr.text import train_tokenizer
 
-DATA = Path(__file__).resolve().parents[3] / "shared" / "data" / "amazon-beauty"
 VOCAB, HISTORY, TOKENS, USERS = 2000, 20, 1024, 64
 SIZES = {
     "2 x 96": {"layers": 2, "d_model": 96, "heads": 4, "d_ff": 384},  # the largest rung of cluster/studies/beauty-cpu.yaml
@@ -114,20 +111,17 @@ def compare(titles: Titles, trie: TitleTrie, users: list[list[Items]], size: dic
         print(f"  packed over {name}: {statistics.median(ratios):.2f} (rounds: {', '.join(f'{r:.2f}' for r in ratios)})")
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     if not DATA.is_dir():
-        sys.exit(f"{DATA} is not there")
+        print(f"skipped: it needs {DATA}")
+        return 0
     with tempfile.TemporaryDirectory() as folder:
-        data, parts = Path(folder) / "data", Path(folder) / "split"
-        import_dataset("jsonl", [DATA / "sequences.jsonl.gz", DATA / "items.jsonl.gz"], data)
-        parts.mkdir()
-        prepare_split(Dataset(data), LeaveOneOut(), parts)
-        split = Split(parts)
+        split = leave_one_out(Path(folder))
         items = split.items()
         stream = TrainStream(split, unit="users", seed=0, global_batch=USERS, max_history=10**6)
         users = [[e.history for e in stream.batch(step)] for step in range(arguments.rounds + 1)]
@@ -137,7 +131,8 @@ def main() -> None:
     for name, size in SIZES.items():
         print(f"{name}, {arguments.threads} threads, batches of {USERS} users:", flush=True)
         compare(titles, trie, users, size, arguments.rounds)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -19,7 +19,6 @@ that lie there: with ``--only`` contenders can be shared among processes, and a 
 import argparse
 import json
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -32,7 +31,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from numpy.typing import NDArray
-from sid_speed import DATA, SIZE, Cornac, Histories, beauty, rank_t5, semantic_ids
+from sid_speed import SIZE, Cornac, Histories, rank_t5, semantic_ids, with_cornac
 from torch import Tensor, nn
 
 from gr.baselines import METHODS, fit_baseline
@@ -306,7 +305,7 @@ def save(folder: Path, name: str, users: Sequence[EvaluationUser], ranks: Ranks,
     np.savez(folder / f"{name}.npz", users=np.array([u.user for u in users]), ranks=ranks)
 
 
-def compete(split: Split, options: argparse.Namespace) -> None:
+def compete(split: Split, options: argparse.Namespace) -> bool:
     test = list(split.evaluation_users("test", limit=options.users))
     validation = list(split.evaluation_users("val", limit=VALIDATION_USERS))
     sids = semantic_ids(tfidf_vectors(templated(split.items(), "{text}"), 128, seed=0))
@@ -335,6 +334,7 @@ def compete(split: Split, options: argparse.Namespace) -> None:
         ranked = fit_baseline(method, split).rank([u.history for u in test], TOP_K)
         save(options.out, method, test, target_ranks(ranked, np.array([u.target for u in test])), {})
     table(options.out, [*entries, *METHODS], test)
+    return True
 
 
 def main() -> int:
@@ -343,17 +343,8 @@ def main() -> int:
     arguments.add_argument("--users", type=int, help="test that many, always the same ones (default: all)")
     arguments.add_argument("--only", nargs="+", metavar="NAME")
     arguments.add_argument("--out", type=Path, default=Path("runs/sid-quality"))
-    arguments.add_argument("--cornac", type=Path, help="the folder that cornac 3.0.1 was installed into")
-    options = arguments.parse_args()
-    if not DATA.is_dir():
-        print(f"skipped: it needs {DATA}")
-        return 0
-    if options.cornac is None:
-        print("skipped: cornac's rows, for --cornac is not given")
-    torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as folder:
-        compete(beauty(Path(folder)), options)
-    return 0
+    arguments.set_defaults(threads=1)
+    return with_cornac(arguments, compete)
 
 
 if __name__ == "__main__":

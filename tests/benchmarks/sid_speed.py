@@ -24,12 +24,11 @@ from typing import Any, get_args
 import numpy as np
 import torch
 from accelerate import Accelerator
+from beauty import DATA, leave_one_out
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from gr.data.dataset import Dataset
-from gr.data.importer import import_dataset
-from gr.data.split import LeaveOneOut, Split, prepare_split
+from gr.data.split import Split
 from gr.data.stream import TrainStream
 from gr.llm.decode import rank_titles
 from gr.llm.sequences import prompts
@@ -44,8 +43,8 @@ from gr.terms import Normalize
 from jobs.options import Optimizer
 from jobs.sid_config import T5Size, TrainSidConfig
 from jobs.sid_recipes import Recipe, recipe
+from jobs.trainer import Micro
 
-DATA = Path(__file__).resolve().parents[3] / "shared" / "data" / "amazon-beauty"
 SIZE = T5Size(layers=2, d_model=128, heads=4, d_kv=32, d_ff=512)
 CAUSAL = T5Size(layers=4, d_model=128, heads=4, d_kv=32, d_ff=428)  # of as many parameters
 BATCH, HISTORY, WIDTH, BEAMS = 64, 20, 256, (10, 20, 50)
@@ -98,19 +97,24 @@ def ours(recipe: Recipe) -> Turn:
     adam = optimizer_of(recipe.model)
 
     def turn(number: int) -> float:
-        recipe.model.train()
-        targets = 0.0
-        for step in range(number * STEPS, (number + 1) * STEPS):
-            micros = recipe.batches(step, 1)
-            total = sum(m.weight for m in micros)
-            adam.zero_grad()
-            for micro in micros:
-                (recipe.loss(recipe.model, micro.inputs) / total).backward()
-            adam.step()
-            targets += total
-        return targets
+        return sum(m.weight for m in trained(recipe, adam, number))
 
     return turn
+
+
+def trained(recipe: Recipe, adam: torch.optim.Optimizer, number: int) -> list[Micro]:
+    """Trains the `STEPS` steps of a pass; returns what they were trained on."""
+    recipe.model.train()
+    done: list[Micro] = []
+    for step in range(number * STEPS, (number + 1) * STEPS):
+        micros = recipe.batches(step, 1)
+        total = sum(m.weight for m in micros)
+        adam.zero_grad()
+        for micro in micros:
+            (recipe.loss(recipe.model, micro.inputs) / total).backward()
+        adam.step()
+        done += micros
+    return done
 
 
 def theirs(model: nn.Module, split: Split, loss: Callable[[Histories, Sequence[int]], Tensor]) -> Turn:
@@ -290,6 +294,11 @@ def main() -> int:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--threads", type=int, default=2)
     arguments.add_argument("--rounds", type=int, default=3)
+    return with_cornac(arguments, lambda split, o: compare(split, o.cornac, o.rounds))
+
+
+def with_cornac(arguments: argparse.ArgumentParser, run: Callable[[Split, argparse.Namespace], bool]) -> int:
+    """Runs a comparison on Beauty, with ``--cornac`` among the arguments; the exit code."""
     arguments.add_argument("--cornac", type=Path, help="the folder that cornac 3.0.1 was installed into")
     options = arguments.parse_args()
     if not DATA.is_dir():
@@ -299,16 +308,7 @@ def main() -> int:
         print("skipped: cornac's rows, for --cornac is not given")
     torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as folder:
-        return 0 if compare(beauty(Path(folder)), options.cornac, options.rounds) else 1
-
-
-def beauty(folder: Path) -> Split:
-    """Amazon Beauty's leave-one-out split, made in ``folder``."""
-    data, parts = folder / "data", folder / "split"
-    import_dataset("jsonl", [DATA / "sequences.jsonl.gz", DATA / "items.jsonl.gz"], data)
-    parts.mkdir()
-    prepare_split(Dataset(data), LeaveOneOut(), parts)
-    return Split(parts)
+        return 0 if run(leave_one_out(Path(folder)), options) else 1
 
 
 if __name__ == "__main__":
