@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, Qwen3Config, Qwen3ForCausalLM
 from transformers.utils import is_flash_attn_2_available
 
+from gr.count import embedding_tables
 from gr.errors import UserError
-from gr.sid.inputs import input_parameters
 from gr.trie import Trie
 
 
@@ -163,7 +163,7 @@ def count(model: Any) -> Counts:
     """Counts a causal LM's parameters; the frozen weights under LoRA count, the adapters don't."""
     own = {id(p): p for name, p in model.named_parameters() if "lora_" not in name}
     head = model.get_output_embeddings().weight
-    embeddings = {id(p): p.numel() for p in (model.get_input_embeddings().weight, head, *input_parameters(model))}
+    embeddings = {id(p): p.numel() for p in (*embedding_tables(model.get_input_embeddings()), head)}
     # Two weights of 4 bits are one element; bitsandbytes knows the shape that they had.
     total = sum(p.quant_state.shape.numel() if hasattr(p, "quant_state") else p.numel() for p in own.values())
     text = model.config.get_text_config()

@@ -94,9 +94,3 @@ def input_embedding(table: nn.Embedding, config: Any, std: float) -> nn.Embeddin
     """``table`` itself, or as the tables that ``config`` (a saved model's, too) has under ``input_tables`` want it."""
     tables = getattr(config, "input_tables", None)
     return InputEmbedding(table, **tables, std=std) if tables and any(tables.values()) else table
-
-
-def input_parameters(model: nn.Module) -> list[Tensor]:
-    """Of the tables that a recommender reads from beside its token table: embeddings too."""
-    own = [part for m in model.modules() if isinstance(m, InputEmbedding) for part in (m.more, m.place)]
-    return [part.weight for part in own if part is not None]

@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from gr.beam import length_groups
+from gr.beam import beam_search, length_groups
 from gr.llm.decode import rank_titles
 from gr.llm.sequences import prompts
 from gr.llm.titles import TitleTrie
-from gr.sid.decode import T5Weights, rank_sids
+from gr.sid.decode import T5Stepper, T5Weights, rank_sids
 from gr.sid.decoder_only import decoder_only, most_tokens, sid_titles
 from gr.sid.recommender import SidBatcher, SidLoss, t5, t5_flops
 from gr.sid.sids import SidTable, disambiguate
@@ -72,6 +72,38 @@ def test_users_are_ranked_alike_alone_and_among_others_of_all_lengths(sids: SidT
             alone, own = rank([history])
             assert together[user].tolist() == alone[0].tolist()
             assert scores[user] == pytest.approx(own[0], abs=1e-3)
+
+
+@torch.no_grad()
+def test_what_is_kept_between_batches_grows_with_their_histories(sids: SidTable) -> None:
+    model = t5(sids.vocab, layers=2, d_model=16, heads=3, d_kv=8, d_ff=32, dropout=0.0).eval()
+    for parameter in model.parameters():
+        parameter.data += 0.3 * torch.randn_like(parameter)
+    batcher, trie = SidBatcher(sids, 20), TitleTrie(sid_titles(sids), "catalogue")
+    kept = T5Weights(model)
+    for length in (2, 15, 4):
+        inputs = batcher.encoder_inputs([np.arange(length)])
+        (found, scores, _), (own, fresh, _) = (rank_sids(w, trie, inputs, beams=5) for w in (kept, T5Weights(model)))
+        assert found.tolist() == own.tolist() and scores == pytest.approx(fresh)
+
+
+@torch.no_grad()
+def test_beams_without_a_choice_left_are_not_run() -> None:
+    """Over the catalogue a first digit that one item alone has ends its beam there."""
+    alone = SidTable(np.array([[1, 4, 6], [2, 4, 7], [3, 4, 6], [3, 5, 7]]), 8)
+    model = t5(alone.vocab, layers=1, d_model=16, heads=2, d_kv=8, d_ff=32, dropout=0.0).eval()
+    weights, inputs = T5Weights(model), SidBatcher(alone, 5).encoder_inputs([np.array([0, 1])])
+    ran: list[int] = []
+
+    class Watched(T5Stepper):
+        def _step(self, tokens: torch.Tensor, running: torch.Tensor) -> torch.Tensor:
+            ran.append(int(running.sum()))
+            return super()._step(tokens, running)
+
+    trie = TitleTrie(sid_titles(alone), "catalogue")
+    found, _ = beam_search(Watched(weights, trie, **inputs), trie.search, 4, normalize=True)
+    assert ran == [1, 1], "the start, and the one first digit that two items share"
+    assert sorted(found[0].tolist()) == [0, 1, 2, 3]
 
 
 def test_flops_are_those_that_torch_counts() -> None:
