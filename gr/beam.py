@@ -42,7 +42,7 @@ class Stepper(Protocol):
 
         Returns (users, beams, vocab) log-probabilities of the token after. Where the search normalizes them, any numbers will do
         that differ from them by one constant per beam, and only the trie's tokens of that depth are read. Beams that are not
-        ``running`` (users, beams) have ended: what is returned for them is not read, but must be a number.
+        ``running`` (users, beams) have ended, or are none: what is returned for them is not read.
         """
         ...
 
@@ -93,6 +93,7 @@ def _extend(
     """
     users, kept = node.shape
     edge, exists = trie.edges(node, depth)
+    exists &= ~score.isinf()[..., None]  # the place of a beam that there is not stands at any node, with any prediction
     gain = logp.gather(2, trie.edge_token[edge]).masked_fill_(~exists, float("-inf"))
     if normalize:
         # An ended sequence has no children, and -inf less -inf is no number: what is subtracted there is any number.

@@ -95,7 +95,7 @@ class T5Stepper:
         return self._step(tokens, running)
 
     def _step(self, tokens: Tensor, running: Tensor) -> Tensor:
-        """(users, beams) last tokens -> (users, beams, vocab) of `gr.beam.Stepper`, 0 where a beam is not ``running``."""
+        """(users, beams) last tokens -> (users, beams, vocab) of `gr.beam.Stepper`."""
         user, beam = running.nonzero(as_tuple=True)
         self.row = torch.zeros_like(tokens).masked_scatter_(running, torch.arange(len(user), device=user.device))
         # Among the queries of cross-attention a user's running beams stand first, in as many places as any user needs.
@@ -123,14 +123,10 @@ class T5Stepper:
         self._count(user, logits.numel())
         if normalized:
             logits = logits.float().log_softmax(-1)
-        whole = len(user) == shape[0] * shape[1]
-        if whole and normalized:
+        if normalized and len(user) == shape[0] * shape[1]:
             return logits.view(*shape, -1)
         result = logits.new_empty(*shape, len(head))
-        read = result[..., first:end]
-        if not whole:
-            read.zero_()
-        read[user, beam] = logits
+        result[..., first:end][user, beam] = logits
         return result
 
     def _count(self, user: Tensor, scores: int) -> None:

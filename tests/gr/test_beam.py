@@ -31,7 +31,7 @@ class Table:
             [(*self.prefixes[u][p], t) for p, t in zip(parents[u].tolist(), tokens[u].tolist(), strict=True)]
             for u in range(self.users)
         ]
-        unread = torch.full((VOCAB,), 9.0, dtype=torch.float64)
+        unread = torch.full((VOCAB,), float("nan"), dtype=torch.float64)
         rows = [
             [self.logp(u, x) if run else unread for x, run in zip(self.prefixes[u], running[u].tolist(), strict=True)]
             for u in range(self.users)
@@ -81,6 +81,20 @@ def test_ties_at_the_cut_go_to_the_lower_token_whatever_the_batch() -> None:
 
     leaf, _ = beam_search(Flat(), Trie.build([(t,) for t in range(5, 300)]), beams=20)
     assert leaf.tolist() == [list(range(20))] * 3
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.lists(st.integers(0, 3), min_size=30, max_size=30), min_size=1, max_size=4), st.integers(1, 30))
+def test_ties_stand_in_order_wherever_they_are(scores: list[list[int]], beams: int) -> None:
+    class Given:
+        def start(self) -> torch.Tensor:
+            return -torch.tensor(scores, dtype=torch.float32)
+
+        def advance(self, *_: torch.Tensor) -> torch.Tensor:
+            raise AssertionError("every sequence has one token")
+
+    leaf, _ = beam_search(Given(), Trie.build([(t,) for t in range(30)]), beams)
+    assert leaf.tolist() == [np.argsort(row, kind="stable")[:beams].tolist() for row in scores]
 
 
 def test_trie_holds_its_sequences_and_refuses_prefixes() -> None:

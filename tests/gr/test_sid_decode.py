@@ -1,7 +1,5 @@
 """The T5 stepper against transformers' own forward pass, and whole decoding against scoring the catalogue."""
 
-from typing import Literal
-
 import numpy as np
 import pytest
 import torch
@@ -15,6 +13,7 @@ from gr.sid.decode import T5Stepper, T5Weights, rank_sids
 from gr.sid.decoder_only import decoder_only, most_tokens, sid_titles
 from gr.sid.recommender import SidBatcher, SidLoss, t5, t5_flops
 from gr.sid.sids import SidTable, disambiguate
+from gr.terms import Normalize
 
 
 @pytest.fixture
@@ -25,10 +24,12 @@ def sids() -> SidTable:
 
 
 @pytest.mark.parametrize("normalize", ["vocabulary", "catalogue"])
-def test_every_item_is_ranked_by_its_own_log_probability(sids: SidTable, normalize: Literal["vocabulary", "catalogue"]) -> None:
+def test_every_item_is_ranked_by_its_own_log_probability(sids: SidTable, normalize: Normalize) -> None:
     loss = SidLoss(sids, normalize)
     torch.manual_seed(1)
     model = t5(sids.vocab, layers=2, d_model=16, heads=3, d_kv=8, d_ff=32, dropout=0.1).eval()
+    for parameter in model.parameters():  # far from uniform, so that mistakes show
+        parameter.data += 0.3 * torch.randn_like(parameter)
     batcher = SidBatcher(sids, max_history=6)
     histories = [np.array([3, 5, 9]), np.array([7]), np.arange(12)]
     inputs = batcher.encoder_inputs(histories)
@@ -46,7 +47,8 @@ def test_every_item_is_ranked_by_its_own_log_probability(sids: SidTable, normali
             assert np.exp(score[user]).sum() == pytest.approx(1.0, abs=1e-4), "a distribution over the items"
 
 
-def test_users_are_ranked_alike_alone_and_among_others_of_all_lengths(sids: SidTable) -> None:
+@pytest.mark.parametrize("normalize", ["vocabulary", "catalogue"])
+def test_users_are_ranked_alike_alone_and_among_others_of_all_lengths(sids: SidTable, normalize: Normalize) -> None:
     """Twenty users in an order of no length: encoded in groups of like length, and returned in their own order."""
     rng = np.random.default_rng(3)
     histories = [rng.integers(0, 40, n) for n in rng.permutation(np.arange(1, 21))]
@@ -59,10 +61,10 @@ def test_users_are_ranked_alike_alone_and_among_others_of_all_lengths(sids: SidT
     assert len(length_groups(torch.arange(20))) > 1
 
     def by_t5(some: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-        return rank_sids(T5Weights(model), TitleTrie(titles, "vocabulary"), batcher.encoder_inputs(some), beams=5)[:2]
+        return rank_sids(T5Weights(model), TitleTrie(titles, normalize), batcher.encoder_inputs(some), beams=5)[:2]
 
     def by_decoder(some: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-        search = TitleTrie(titles, "catalogue")
+        search = TitleTrie(titles, normalize)
         ranked, scores, _ = rank_titles(lm, search, prompts(titles, some, 20, most_tokens(sids, 20)), beams=5)
         return ranked, scores
 
@@ -72,6 +74,24 @@ def test_users_are_ranked_alike_alone_and_among_others_of_all_lengths(sids: SidT
             alone, own = rank([history])
             assert together[user].tolist() == alone[0].tolist()
             assert scores[user] == pytest.approx(own[0], abs=1e-3)
+
+
+@torch.no_grad()
+def test_places_of_beams_that_there_are_not_do_no_harm() -> None:
+    """One first digit has three to follow it, the other one: two beams are empty when the later digits are asked for."""
+    ends = [(6 + j, 8 + k) for j in range(2) for k in range(2)]
+    uneven = SidTable(
+        np.array([[first, 3 + i, *end] for first, many in ((1, 1), (2, 3)) for i in range(many) for end in ends]), 10
+    )
+    torch.manual_seed(1)
+    model = t5(uneven.vocab, layers=1, d_model=16, heads=2, d_kv=8, d_ff=32, dropout=0.0).eval()
+    for parameter in model.parameters():
+        parameter.data += 0.3 * torch.randn_like(parameter)
+    inputs, loss = SidBatcher(uneven, 5).encoder_inputs([np.array([0, 7])]), SidLoss(uneven, "catalogue")
+    found, scores, _ = rank_sids(T5Weights(model), TitleTrie(sid_titles(uneven), "catalogue"), inputs, beams=18)
+    labels = [SidBatcher(uneven, 5).labels([item]) for item in found[0, :16]]
+    assert sorted(found[0].tolist()) == [-1, -1, *range(16)]
+    assert scores[0, :16] == pytest.approx([-loss(model, inputs | {"labels": label}).item() for label in labels], abs=1e-4)
 
 
 @torch.no_grad()

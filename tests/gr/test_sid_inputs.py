@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from gr.count import count_parameters
 from gr.llm.backbone import NextTitle, count, forward_flops
-from gr.llm.decode import rank_titles
+from gr.llm.decode import TitleStepper, rank_titles
 from gr.llm.sequences import batch
 from gr.llm.titles import TitleTrie
 from gr.sid.decode import T5Weights, rank_sids
@@ -202,6 +202,30 @@ def test_users_are_ranked_alike_alone_and_among_others(sids: SidTable, rank: Any
         alone, own = ranker([user], [history], 5)
         assert found.tolist() == alone[0].tolist()
         assert score == pytest.approx(own[0], abs=1e-3)
+
+
+@torch.no_grad()
+def test_users_that_ended_take_their_places_with_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of the items are told by their first digit; the others' users go on without those who got one of them."""
+    codes = np.array(
+        [[1 + item, 40, 42] for item in range(20)] + [[30 + item // 5, 40 + item % 2, 42 + item % 5] for item in range(20)]
+    )
+    sids, kept = SidTable(codes, 47), []
+
+    class Watched(TitleStepper):
+        def _keep(self, rows: Tensor) -> None:
+            super()._keep(rows)
+            kept.append(len(rows))
+
+    monkeypatch.setattr("gr.llm.decode.TitleStepper", Watched)
+    random = np.random.default_rng(3)
+    users, histories = list(range(40)), [random.integers(0, 40, n) for n in random.integers(1, 7, 40)]
+    ranker = by_decoder(sids, ALL, "catalogue")
+    together, scores = ranker(users, histories, 1)
+    assert kept, "this test is to see users dropped"
+    for user, history, found, score in zip(users, histories, together, scores, strict=True):
+        alone, own = ranker([user], [history], 1)
+        assert found.tolist() == alone[0].tolist() and score == pytest.approx(own[0], abs=1e-6)
 
 
 @pytest.mark.parametrize("reads", EACH)
