@@ -9,6 +9,7 @@ Ranked by the mean per token instead, a beam that is not at its end counts with 
 that a narrow search may lose a title by it; with as many beams as sequences it is exact all the same.
 """
 
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -30,19 +31,34 @@ def length_groups(lengths: Tensor) -> tuple[Tensor, ...]:
     return lengths.argsort(stable=True).tensor_split(max(1, groups))
 
 
+@dataclass(frozen=True)
+class Beams:
+    """What a search goes on with.
+
+    ``users``: (users,) their rising numbers; those that are left out have been ranked, and don't come back. The rest is
+    (users, beams): ``parents``, which beam of the step before each continues, the ``tokens`` that it is continued by, the trie's
+    ``nodes`` where it stands then, and whether it is ``running``: others have ended, or are none.
+    """
+
+    users: Tensor
+    parents: Tensor
+    tokens: Tensor
+    nodes: Tensor
+    running: Tensor
+
+
 class Stepper(Protocol):
     """A model that predicts the next token of several continuations (beams) per user."""
 
-    def start(self) -> Tensor:
-        """(users, vocab) log-probabilities of the first token."""
+    def start(self, span: tuple[int, int]) -> Tensor:
+        """(users, end - first) log-probabilities that a sequence begins with each of the tokens ``span`` = (first, end)."""
         ...
 
-    def advance(self, parents: Tensor, tokens: Tensor, running: Tensor) -> Tensor:
-        """Appends ``tokens`` (users, beams) to the beams numbered ``parents`` (users, beams) of the step before.
+    def advance(self, beams: Beams, span: tuple[int, int]) -> Tensor:
+        """(users, beams, end - first) log-probabilities of each of the tokens ``span`` to come next.
 
-        Returns (users, beams, vocab) log-probabilities of the token after. Where the search normalizes them, any numbers will do
-        that differ from them by one constant per beam, and only the trie's tokens of that depth are read. Beams that are not
-        ``running`` (users, beams) have ended, or are none: what is returned for them is not read.
+        Where the search normalizes them, any numbers will do that differ from them by one constant per beam. What is returned
+        for beams that are not running is not read.
         """
         ...
 
@@ -57,23 +73,28 @@ def beam_search(
     number a sequence's log-probability is divided; not given, it is the score itself.
     Equal scores are ordered by the beams before them, then by token, so the result does not depend on the batch.
     """
-    logp = stepper.start()[:, None, :]
-    users = logp.shape[0]
-    node = torch.zeros(users, 1, dtype=torch.int64, device=logp.device)
-    score = torch.zeros(users, 1, dtype=logp.dtype, device=logp.device)
+    logp = stepper.start(trie.span[0])[:, None, :]
+    users = torch.arange(len(logp), device=logp.device)  # those whose search goes on
+    found = torch.full((len(logp), beams), -1, device=logp.device)
+    scores = torch.full((len(logp), beams), float("-inf"), dtype=logp.dtype, device=logp.device)
+    node = torch.zeros(len(logp), 1, dtype=torch.int64, device=logp.device)
+    score = torch.zeros(len(logp), 1, dtype=logp.dtype, device=logp.device)
     for depth in range(trie.depth):
         parents, tokens, node, score, key = _extend(trie, depth, node, score, logp, beams, normalize, lengths)
-        if depth + 1 < trie.depth:
-            running = (trie.leaf[node] < 0) & ~score.isinf()
-            if not bool(running.any()):
+        leaf = trie.leaf[node].masked_fill_(score.isinf(), -1)
+        running = (leaf < 0) & ~score.isinf()
+        going = running.any(dim=1)
+        on = going.nonzero()[:, 0]
+        if len(on) < len(users):
+            over = (~going).nonzero()[:, 0]
+            found[users[over], : leaf.shape[1]] = leaf[over]
+            scores[users[over], : leaf.shape[1]] = key[over]
+            if not len(on):
                 break
-            logp = stepper.advance(parents, tokens, running)
-    leaf = trie.leaf[node].masked_fill(score.isinf(), -1)
-    missing = beams - leaf.shape[1]
-    if missing > 0:
-        leaf = torch.nn.functional.pad(leaf, (0, missing), value=-1)
-        key = torch.nn.functional.pad(key, (0, missing), value=float("-inf"))
-    return leaf, key
+            users, parents, tokens = users[on], parents[on], tokens[on]
+            node, score, running = node[on], score[on], running[on]
+        logp = stepper.advance(Beams(users, parents, tokens, node, running), trie.span[depth + 1])
+    return found, scores
 
 
 def _extend(
@@ -88,17 +109,21 @@ def _extend(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """One level down: the best ``beams`` of all children of the present nodes and of the sequences that have ended.
 
-    ``node``, ``score``: (users, b); ``logp``: (users, b, vocab). Returns (users, b') parents, tokens, nodes, log-probabilities
-    and what ranks them.
+    ``node``, ``score``: (users, b); ``logp``: (users, b, tokens of the depth's span). Returns (users, b') parents, tokens, nodes,
+    log-probabilities and what ranks them.
     """
     users, kept = node.shape
-    edge, exists = trie.edges(node, depth)
+    edge, exists = trie.edges(node)
     exists &= ~score.isinf()[..., None]  # the place of a beam that there is not stands at any node, with any prediction
-    gain = logp.gather(2, trie.edge_token[edge]).masked_fill_(~exists, float("-inf"))
+    # index_select reads a table three to seven times as fast as brackets do.
+    column = trie.edge_token.index_select(0, edge.flatten()).view_as(edge)
+    column = column.sub_(trie.span[depth][0]).clamp_(0, logp.shape[2] - 1)
+    gain = logp.gather(2, column).masked_fill_(~exists, float("-inf"))
+    base = score
     if normalize:
         # An ended sequence has no children, and -inf less -inf is no number: what is subtracted there is any number.
-        gain = gain - gain.logsumexp(2, keepdim=True).clamp(min=torch.finfo(gain.dtype).min)
-    total = gain.add_(score[..., None])
+        base = score - gain.logsumexp(2).clamp_(min=torch.finfo(gain.dtype).min)
+    total = gain.add_(base[..., None])
     # An ended sequence has no children: it stays in the first slot, at its own node and score.
     ended = trie.leaf[node] >= 0
     total[..., 0] = torch.where(ended, score, total[..., 0])

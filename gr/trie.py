@@ -13,27 +13,27 @@ class Trie:
     """Node 0 is the root; the children of node n are edges ``first_edge[n] .. first_edge[n+1]``, sorted by token.
 
     ``first_edge``: (nodes+1,) int64; ``edge_token``, ``edge_node``: (edges,) int64; ``leaf``: (nodes,) int64, the number of the
-    sequence that ends there, or -1. ``degree[d]``: the most children of any node at depth d; ``span[d]``: the least of their
-    tokens, and one more than the greatest.
+    sequence that ends there, or -1. ``span[d]``: the least token that a node at depth d is continued by, and one more than
+    the greatest.
     """
 
     first_edge: Tensor
     edge_token: Tensor
     edge_node: Tensor
     leaf: Tensor
-    degree: tuple[int, ...]
     span: tuple[tuple[int, int], ...]
 
     @property
     def depth(self) -> int:
         """Tokens in the longest sequence."""
-        return len(self.degree)
+        return len(self.span)
 
     @classmethod
     def build(cls, sequences: Sequence[Sequence[int]]) -> "Trie":
         """Sequence i's end node has leaf i. Sequences must be distinct, non-empty, and none the beginning of another."""
         order = sorted(range(len(sequences)), key=lambda i: tuple(sequences[i]))
-        parent, token, leaf, degrees, spans = [-1], [-1], [-1], [], []
+        parent, token, leaf = [-1], [-1], [-1]
+        spans: list[tuple[int, int]] = []
         path: list[int] = []  # nodes from the root's child down to the last sequence's end
         previous: tuple[int, ...] = ()
         for i in order:
@@ -62,7 +62,6 @@ class Trie:
             counts = first[level + 1] - first[level]
             if counts.sum() == 0:
                 break
-            degrees.append(int(counts.max()))
             edges = np.concatenate([np.arange(first[n], first[n + 1]) for n in level])
             spans.append((int(tokens[edges].min()), int(tokens[edges].max()) + 1))
             level = edge_node[edges]
@@ -71,22 +70,21 @@ class Trie:
             torch.from_numpy(tokens),
             torch.from_numpy(edge_node.astype(np.int64)),
             torch.tensor(leaf, dtype=torch.int64),
-            tuple(degrees),
             tuple(spans),
         )
 
-    def edges(self, node: Tensor, depth: int) -> tuple[Tensor, Tensor]:
-        """The edges below nodes (...) at ``depth``: their (..., degree[depth]) numbers, and whether there is one."""
-        slot = torch.arange(self.degree[depth], device=node.device)
-        edge = self.first_edge[node][..., None] + slot
-        exists = edge < self.first_edge[node + 1][..., None]
-        return edge.clamp(max=len(self.edge_token) - 1), exists
+    def edges(self, node: Tensor) -> tuple[Tensor, Tensor]:
+        """The edges below nodes (...): their (..., n) numbers, and whether there is one; n is the most of any of them, or 1."""
+        first, end = self.first_edge[node], self.first_edge[node + 1]
+        edge = first[..., None] + torch.arange(max(1, int((end - first).max())), device=node.device)
+        exists = edge < end[..., None]
+        return edge.clamp_(max=len(self.edge_token) - 1), exists
 
-    def children(self, node: Tensor, depth: int) -> tuple[Tensor, Tensor, Tensor]:
-        """The same as (..., degree[depth]) tokens, child nodes, and whether there is one."""
-        edge, exists = self.edges(node, depth)
+    def children(self, node: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The same as (..., n) tokens, child nodes, and whether there is one."""
+        edge, exists = self.edges(node)
         return self.edge_token[edge], self.edge_node[edge], exists
 
     def to(self, device: torch.device | str) -> "Trie":
         first, token, node, leaf = (t.to(device) for t in (self.first_edge, self.edge_token, self.edge_node, self.leaf))
-        return Trie(first, token, node, leaf, self.degree, self.span)
+        return Trie(first, token, node, leaf, self.span)

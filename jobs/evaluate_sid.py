@@ -11,10 +11,11 @@ from gr.data.split import EvaluationUser, Split
 from gr.llm.decode import rank_titles
 from gr.llm.titles import TitleTrie
 from gr.metrics import ranking_metrics, within
-from gr.sid.decode import T5Weights, rank_sids
+from gr.sid.decode import rank_sids
 from gr.sid.decoder_only import SidSequences, load_decoder_only, sid_titles
 from gr.sid.recommender import SidBatcher, load_t5
 from gr.sid.sids import SidTable
+from gr.sid.t5_weights import T5Weights
 from jobs.config import EvaluateSidConfig
 from jobs.evaluation import Ranked, device, evaluate
 from jobs.runtime import Context, main

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers.cache_utils import Cache, DynamicLayer
 
-from gr.beam import beam_search, length_groups
+from gr.beam import Beams, beam_search, length_groups
 from gr.llm.backbone import Counts, count, forward_flops, logits_at
 from gr.llm.titles import TitleTrie
 from gr.terms import Length
@@ -82,36 +82,38 @@ class TitleStepper:
         self.prompts = torch.from_numpy(ids).to(device)
         self.cache = Cache(layer_class_to_replicate=_GrowingLayer)
         self.live = torch.arange(len(prompts), device=device)  # users still in the cache
-        self.place = torch.zeros(len(prompts), 1, dtype=torch.int64, device=device)  # its row in `seen`, if it was run last
+        self.place = torch.zeros(
+            len(prompts), 1, dtype=torch.int64, device=device
+        )  # per user and beam, its row in `seen` if it was run last
 
-    def start(self) -> Tensor:
+    def start(self, span: tuple[int, int]) -> Tensor:
         users, width = self.prompts.shape
         last = torch.arange(users, device=self.device) * width + self.lengths - 1
         logits = logits_at(self.lm, self.prompts, last, past_key_values=self.cache, use_cache=True)
         self.seen = (torch.arange(width, device=self.device) < self.lengths[:, None])[:, None, :]
         lengths = self.lengths.double()
         self.flops += forward_flops(self.counts, float(lengths.sum()), users, float((lengths * (lengths + 1) / 2).sum()))
-        return _log_softmax(logits)
+        return _log_softmax(logits)[:, slice(*span)]
 
-    def advance(self, parents: Tensor, tokens: Tensor, running: Tensor) -> Tensor:
-        users, beams = tokens.shape
-        self.place = self.place.gather(1, parents)
-        stay = running.any(dim=1)[self.live]
-        if int(stay.sum()) < SPARSE * len(self.live):
-            self._keep(stay.nonzero()[:, 0])
-        # The running beams of each live user first, as many as the user with the most has; the rest of a row is filler.
-        active = running[self.live]
-        most = int(active.sum(dim=1).max())
-        chosen = active.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :most]
-        real = active.gather(1, chosen)
-        rows = self.place[self.live].gather(1, chosen).masked_fill(~real, 0)
-        logp = self._run(rows, tokens[self.live].gather(1, chosen), real)
-        self.place[self.live] = self.place[self.live].scatter(1, chosen, torch.arange(most, device=self.device).expand_as(chosen))
-        if bool(real.all()) and real.shape == tokens.shape:
-            return logp
-        result = logp.new_zeros(users, beams, logp.shape[2])
-        result[self.live[:, None], chosen] = logp
-        return result
+    def advance(self, beams: Beams, span: tuple[int, int]) -> Tensor:
+        users, running = beams.users, beams.running
+        if len(users) < SPARSE * len(self.live):
+            self._keep(torch.isin(self.live, users).nonzero()[:, 0])
+        at = torch.searchsorted(self.live, users)
+        # The running beams of each user first, as many as the user with the most has; the rest of a row is filler.
+        most = int(running.sum(dim=1).max())
+        chosen = running.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :most]
+        real = running.gather(1, chosen)
+        rows = self.place[users].gather(1, beams.parents).gather(1, chosen).masked_fill_(~real, 0)
+        run = (self._among_live(x, at) for x in (rows, beams.tokens.gather(1, chosen), real))
+        logp = self._run(*run)[at, :, slice(*span)]
+        self.place = self.place.new_zeros(len(self.place), running.shape[1])
+        self.place[users] = self.place[users].scatter(1, chosen, torch.arange(most, device=self.device).expand_as(chosen))
+        return logp.new_zeros(*running.shape, logp.shape[2]).scatter_(1, chosen[..., None].expand_as(logp), logp)
+
+    def _among_live(self, x: Tensor, at: Tensor) -> Tensor:
+        """(users, rows) -> (live, rows), zero for those that are no longer ranked."""
+        return x.new_zeros(len(self.live), x.shape[1]).index_copy_(0, at, x)
 
     def _run(self, parents: Tensor, tokens: Tensor, real: Tensor) -> Tensor:
         """One token per (live user, row): ``parents`` are rows of the run before; ``real`` marks what is no filler."""

@@ -1,61 +1,25 @@
 """Decoding steps of a T5 recommender for `gr.beam`: the encoder once per user, its keys and values shared by all beams.
 
-The decoder is run on the transformers model's own weights. Beams are query positions of one user, not rows of a batch, so
-cross-attention reads each user's keys once, whatever the number of beams; only the few positions of a beam's own prefix are kept
-per beam and reordered. What works token by token sees the beams that have not ended as rows of one matrix: where SIDs are told
-apart by their first digits, most beams end before the last.
+Beams are query positions of one user, not rows of a batch, so cross-attention reads each user's keys once, whatever the number
+of beams; only the few positions of a beam's own prefix are kept per beam and reordered. What works token by token sees the beams
+that have not ended as rows of one matrix: where SIDs are told apart by their first digits, most beams end before the last.
 """
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn.functional import linear, relu, rms_norm
-from transformers import T5ForConditionalGeneration
 
 from gr.beam import beam_search
 from gr.llm.titles import TitleTrie
 from gr.sid.recommender import decoder_flops, encoder_flops
-from gr.sid.t5 import Layout, encode, heads_of, position_bias, rows_of
+from gr.sid.t5 import Layout
+from gr.sid.t5_weights import T5Weights
 
-
-class T5Weights:
-    """A T5 model in eval mode, its projections that read the same input joined into one."""
-
-    @torch.no_grad()
-    def __init__(self, model: T5ForConditionalGeneration) -> None:
-        self.model, self.config = model, model.config
-        decoder: Any = model.decoder
-        self.blocks = [_Block(block) for block in decoder.block]
-        across = [block.layer[1].EncDecAttention for block in decoder.block]
-        self.cross = torch.cat([w for a in across for w in (a.k.weight, a.v.weight)])
-        # Distances are few: their biases are computed once, and again when a history is longer than any before.
-        self.own_bias, self.encoder_bias = position_bias(decoder, 1), position_bias(model.encoder, 1)
-        norm = decoder.final_layer_norm
-        scale = model.config.d_model**-0.5 if model.config.scale_decoder_outputs else 1.0
-        self.head, self.eps = model.lm_head.weight * norm.weight * scale, norm.variance_epsilon
-
-    def biases(self, longest: int, digits: int) -> None:
-        """Sees to it that there are the encoder's for ``longest`` tokens and the decoder's for ``digits``."""
-        if self.encoder_bias.shape[-1] < longest:
-            self.encoder_bias = position_bias(self.model.encoder, longest)
-        if self.own_bias.shape[-1] < digits:
-            self.own_bias = position_bias(self.model.decoder, digits)
-
-
-class _Block:
-    """A decoder block's weights, each layer norm's scale folded into what reads it."""
-
-    def __init__(self, block: Any) -> None:
-        own, across, feed_forward = block.layer
-        attention, dense = own.SelfAttention, feed_forward.DenseReluDense
-        self.qkv = torch.cat([p.weight for p in (attention.q, attention.k, attention.v)]) * own.layer_norm.weight
-        self.own_out, self.cross_out = attention.o.weight, across.EncDecAttention.o.weight
-        self.cross_q = across.EncDecAttention.q.weight * across.layer_norm.weight
-        self.wi, self.wo = dense.wi.weight * feed_forward.layer_norm.weight, dense.wo.weight
+Attend = Callable[[Tensor, int], Tensor]
+"""(running beams, heads x d_kv) queries and a block's number -> (running beams, heads x d_kv)."""
 
 
 class T5Stepper:
@@ -65,96 +29,137 @@ class T5Stepper:
     """
 
     def __init__(self, weights: T5Weights, trie: TitleTrie, input_ids: Tensor, attention_mask: Tensor) -> None:
-        self.weights, self.trie, c = weights, trie, weights.config
-        self.heads, self.d_kv = c.num_heads, c.d_kv
-        self.users = len(input_ids)
-        model: Any = weights.model
-        self.layout = Layout.of(attention_mask, model.dtype)
+        self.weights, self.trie = weights, trie
+        self.layout = Layout.of(attention_mask, weights.cross.dtype)
         weights.biases(input_ids.shape[1], trie.search.depth)
-        embedded = model.encoder.embed_tokens(input_ids.flatten()[self.layout.index])
-        encoded = encode(model.encoder, embedded, self.layout, weights.encoder_bias)
-        projected = linear(encoded, weights.cross).view(len(encoded), -1, self.heads * self.d_kv)
-        # Per group and block the keys and then the values, in the order in which every step reads them.
-        self.cross = [
-            [heads_of(x[g.rows], len(g), self.heads).contiguous() for x in projected.unbind(1)] for g in self.layout.groups
-        ]
+        encoded = weights.encode(input_ids.flatten()[self.layout.index], self.layout)
         self.lengths = attention_mask.sum(dim=1)[self.layout.order]
-        self.flops = encoder_flops(c, self.lengths.cpu().numpy())
-        self.past: list[tuple[Tensor, Tensor]] = []  # per block (running beams, positions, heads, d_kv) keys and values
-        self.row = torch.zeros(self.users, 1, dtype=torch.int64, device=input_ids.device)  # of each beam in `past`
+        heads, blocks = weights.config.num_heads, len(weights.decoder)
+        self.across = _CrossAttention(encoded @ weights.cross, self.layout, self.lengths, blocks, heads)
+        tokens = self.lengths.cpu().numpy()
+        self.flops = encoder_flops(weights.config, tokens) - weights.history.looked_up * float(tokens.sum())
+        # Per block, keys and values of the running beams: (running beams, positions, 2, heads, d_kv).
+        self.past = [encoded.new_empty(len(input_ids), 0, 2, heads, weights.config.d_kv)] * blocks
+        self.row = torch.zeros(len(input_ids), 1, dtype=torch.int64, device=input_ids.device)  # of each beam in `past`
         self.position = 0
 
-    def start(self) -> Tensor:
-        running = torch.ones(self.users, 1, dtype=torch.bool, device=self.row.device)
-        tokens = torch.full((self.users, 1), self.weights.config.decoder_start_token_id, device=self.row.device)
-        return self._step(tokens, running)[:, 0]
+    def start(self, span: tuple[int, int]) -> Tensor:
+        users = torch.arange(len(self.row), device=self.row.device)
+        tokens = torch.full_like(self.row, self.weights.config.decoder_start_token_id)
+        return self._step(users, tokens, torch.ones_like(tokens, dtype=torch.bool), span)[:, 0]
 
-    def advance(self, parents: Tensor, tokens: Tensor, running: Tensor) -> Tensor:
-        rows = self.row.gather(1, parents)[running]
-        self.past = [(k[rows], v[rows]) for k, v in self.past]
-        return self._step(tokens, running)
+    def advance(self, users: Tensor, parents: Tensor, tokens: Tensor, running: Tensor, span: tuple[int, int]) -> Tensor:
+        rows = self.row[users].gather(1, parents)[running]
+        self.past = [x.index_select(0, rows) for x in self.past]
+        return self._step(users, tokens, running, span)
 
-    def _step(self, tokens: Tensor, running: Tensor) -> Tensor:
-        """(users, beams) last tokens -> (users, beams, vocab) of `gr.beam.Stepper`."""
-        user, beam = running.nonzero(as_tuple=True)
-        self.row = torch.zeros_like(tokens).masked_scatter_(running, torch.arange(len(user), device=user.device))
-        # Among the queries of cross-attention a user's running beams stand first, in as many places as any user needs.
-        each = running.sum(dim=1).cpu().numpy()
-        most = int(each.max())
-        groups = [n for n, g in enumerate(self.layout.groups) if each[g.users].any()]
-        place = user * most + (running.cumsum(dim=1) - 1)[user, beam]
-        x = self.weights.model.shared(tokens[running])
-        bias = self.weights.own_bias[0, :, self.position, : self.position + 1].T[..., None]  # (positions so far, heads, 1)
-        past: list[tuple[Tensor, Tensor]] = []
-        for i, block in enumerate(self.weights.blocks):
-            x = x + linear(self._self_attention(linear(self._norm(x), block.qkv), bias, i, past), block.own_out)
-            x = x + linear(self._cross_attention(linear(self._norm(x), block.cross_q), i, groups, place, most), block.cross_out)
-            x = x + linear(relu(linear(self._norm(x), block.wi), inplace=True), block.wo)
-        self.past = past
+    def _step(self, users: Tensor, tokens: Tensor, running: Tensor, span: tuple[int, int]) -> Tensor:
+        """(users, beams) last tokens -> (users, beams, end - first) of `gr.beam.Stepper`."""
+        weights = self.weights
+        own = running.nonzero()[:, 0]
+        user = users[own]
+        attend = self.across.of(user)
+        x, qkv = weights.digits(tokens[running])
+        bias = weights.own_bias[0, :, self.position, : self.position + 1].T[..., None]  # (positions so far, heads, 1)
+        for i, block in enumerate(weights.decoder):
+            if i:
+                qkv = weights.norm(x) @ block.qkv
+            x = torch.addmm(x, self._self_attention(qkv, bias, i), block.own_out)
+            x = torch.addmm(x, attend(weights.norm(x) @ block.cross_q, i), block.cross_out)
+            x = block.feed_forward(x, weights.norm(x))
         self.position += 1
-        return self._predictions(self._norm(x), user, beam, running.shape)
+        self.row = torch.zeros(len(self.row), tokens.shape[1], dtype=torch.int64, device=user.device)
+        self.row[users] = torch.zeros_like(tokens).masked_scatter_(running, torch.arange(len(user), device=user.device))
+        logp = self._predictions(weights.norm(x), user, span)
+        return logp.view(*running.shape, -1) if len(user) == running.numel() else _at(running, logp)
 
-    def _predictions(self, x: Tensor, user: Tensor, beam: Tensor, shape: Sequence[int]) -> Tensor:
-        """(running beams, d_model), and whose each is among all of ``shape`` -> what `gr.beam.Stepper` returns."""
+    def _predictions(self, x: Tensor, user: Tensor, span: tuple[int, int]) -> Tensor:
+        """(running beams, d_model) and whose each is -> (running beams, end - first)."""
         head, normalized = self.weights.head, self.trie.normalize == "vocabulary"
         # A search that normalises over a digit's own tokens reads no others.
-        first, end = (0, len(head)) if normalized else self.trie.search.span[self.position - 1]
-        logits = linear(x, head[first:end])
-        self._count(user, logits.numel())
-        if normalized:
-            logits = logits.float().log_softmax(-1)
-        if normalized and len(user) == shape[0] * shape[1]:
-            return logits.view(*shape, -1)
-        result = logits.new_empty(*shape, len(head))
-        result[..., first:end][user, beam] = logits
-        return result
-
-    def _count(self, user: Tensor, scores: int) -> None:
+        logits = x @ (head if normalized else head[:, slice(*span)])
         pairs = len(user) * self.position + int(self.lengths[user].sum())
-        self.flops += decoder_flops(self.weights.config, len(user), pairs, scores)
+        self.flops += decoder_flops(self.weights.config, len(user), pairs, logits.numel())
+        self.flops -= self.weights.digits.looked_up * len(user)
+        return logits.float().log_softmax(-1)[:, slice(*span)] if normalized else logits
 
-    def _norm(self, x: Tensor) -> Tensor:
-        return rms_norm(x, x.shape[-1:], eps=self.weights.eps)
-
-    def _self_attention(self, qkv: Tensor, bias: Tensor, block: int, past: list[tuple[Tensor, Tensor]]) -> Tensor:
-        q, k, v = qkv.view(len(qkv), 3, 1, self.heads, self.d_kv).unbind(1)
-        if self.past:
-            k, v = torch.cat([self.past[block][0], k], dim=1), torch.cat([self.past[block][1], v], dim=1)
-        past.append((k, v))
-        scores = (q * k).sum(-1, keepdim=True) + bias  # a handful of positions: no matrix product worth starting
+    def _self_attention(self, qkv: Tensor, bias: Tensor, block: int) -> Tensor:
+        x = qkv.view(len(qkv), 1, 3, self.weights.config.num_heads, -1)
+        self.past[block] = torch.cat([self.past[block], x[:, :, 1:]], dim=1)
+        k, v = self.past[block].unbind(2)
+        scores = (x[:, :, 0] * k).sum(-1, keepdim=True) + bias  # a handful of positions: no matrix product worth starting
         return (scores.softmax(1) * v).sum(1).view(len(qkv), -1)
 
-    def _cross_attention(self, q: Tensor, block: int, groups: list[int], place: Tensor, beams: int) -> Tensor:
-        """(running beams, heads x d_kv) queries, in ``place`` among (users x ``beams``), all of them of users in ``groups``."""
-        whole = len(place) == self.users * beams
-        queries = q if whole else q.new_zeros(self.users * beams, q.shape[1]).index_copy_(0, place, q)
-        out = torch.empty_like(queries)
-        for number in groups:
-            group, (k, v) = self.layout.groups[number], self.cross[number][2 * block : 2 * block + 2]
-            rows = slice(group.users.start * beams, group.users.stop * beams)
-            scores = heads_of(queries[rows], len(group), self.heads) @ k.transpose(2, 3)
-            out[rows] = rows_of((scores if group.hidden is None else scores + group.hidden).softmax(-1) @ v)
-        return out if whole else out[place]
+
+def _at(running: Tensor, rows: Tensor) -> Tensor:
+    """(users, beams), (running beams, n) -> (users, beams, n), anything where no beam runs."""
+    result = rows.new_empty(*running.shape, rows.shape[1])
+    result[running] = rows
+    return result
+
+
+class _CrossAttention:
+    """Of running beams to the histories of their users.
+
+    ``projected``: (rows of ``layout``, blocks x 2 x heads x d_kv), each block's keys and then its values; ``lengths``: (users,).
+    """
+
+    def __init__(self, projected: Tensor, layout: Layout, lengths: Tensor, blocks: int, heads: int) -> None:
+        self.lengths, self.heads = lengths, heads
+        self.rows = projected.view(len(projected), 2 * blocks, heads, -1)
+        first = np.concatenate([np.arange(g.rows.start, g.rows.stop, g.longest) for g in layout.groups])
+        self.first = torch.from_numpy(first).to(lengths.device)  # row of each user
+        self.sizes = [len(g) * heads for g in layout.groups]
+        self.hidden = [None if g.hidden is None else g.hidden.expand(-1, heads, -1, -1).flatten(0, 1) for g in layout.groups]
+        # Per group (blocks x 2, users x heads, longest, d_kv), in the order in which products of matrices read them.
+        each = [
+            self.rows[g.rows].unflatten(0, (len(g), g.longest)).permute(2, 0, 3, 1, 4).flatten(1, 2).contiguous()
+            for g in layout.groups
+        ]
+        self.keys = [[x[2 * block].transpose(1, 2) for x in each] for block in range(blocks)]
+        self.values = [[x[2 * block + 1] for x in each] for block in range(blocks)]
+
+    def of(self, user: Tensor) -> Attend:
+        """``user``: (running beams,) whose each is, in rising order."""
+        return self._few(user) if 2 * len(user) <= len(self.lengths) else self._many(user)
+
+    def _few(self, user: Tensor) -> Attend:
+        """A copy of the history for each beam, and no products of matrices, of which there would be one per group."""
+        lengths = self.lengths[user].clamp(min=1)
+        slot = torch.arange(int(lengths.max()), device=user.device)
+        each = self.rows[(self.first[user, None] + slot).clamp_(max=len(self.rows) - 1)].unbind(2)
+        hidden = torch.zeros(len(user), len(slot), 1, dtype=self.rows.dtype, device=user.device)
+        hidden.masked_fill_((slot >= lengths[:, None])[..., None], torch.finfo(hidden.dtype).min)
+
+        def attend(q: Tensor, block: int) -> Tensor:
+            k, v = each[2 * block : 2 * block + 2]
+            scores = (q.view(len(q), 1, self.heads, -1) * k).sum(-1) + hidden
+            return (scores.softmax(1)[..., None] * v).sum(1).view(len(q), -1)
+
+        return attend
+
+    def _many(self, user: Tensor) -> Attend:
+        """A user's running beams stand first among its queries, of which all users have as many as any needs."""
+        users = len(self.lengths)
+        each = user.bincount(minlength=users)
+        most = int(each.max())
+        place = user * most + torch.arange(len(user), device=user.device) - (each.cumsum(0) - each)[user]
+        whole = len(user) == users * most
+
+        def attend(q: Tensor, block: int) -> Tensor:
+            q = q if whole else q.new_zeros(users * most, q.shape[1]).index_copy_(0, place, q)
+            queries = q.view(users, most, self.heads, -1).transpose(1, 2).flatten(0, 1).contiguous()
+            mixed = torch.empty_like(queries)
+            groups = zip(
+                queries.split(self.sizes), self.keys[block], self.hidden, self.values[block], mixed.split(self.sizes), strict=True
+            )
+            for own, keys, hidden, values, out in groups:
+                scores = torch.bmm(own, keys) if hidden is None else torch.baddbmm(hidden, own, keys)
+                torch.bmm(scores.softmax(-1), values, out=out)
+            rows = mixed.view(users, self.heads, most, -1).transpose(1, 2).reshape(users * most, -1)
+            return rows if whole else rows.index_select(0, place)
+
+        return attend
 
 
 @torch.inference_mode()

@@ -124,7 +124,7 @@ class SidLoss:
         node = torch.zeros(len(labels), dtype=torch.int64, device=labels.device)
         loss = torch.zeros((), dtype=torch.float64, device=labels.device)
         for digit in range(labels.shape[1]):
-            token, child, exists = self.trie.children(node, digit)
+            token, child, exists = self.trie.children(node)
             scores = logits[:, digit].gather(1, token).masked_fill(~exists, float("-inf"))
             chosen = (token == labels[:, digit, None]) & exists
             loss = loss + (scores.logsumexp(1) - scores[chosen]).double().sum()

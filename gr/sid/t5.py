@@ -87,14 +87,10 @@ def rows_of(x: Tensor) -> Tensor:
     return x.transpose(1, 2).reshape(x.shape[0] * x.shape[2], -1)
 
 
-def encode(encoder: Any, embedded: Tensor, layout: Layout, bias: Tensor | None = None) -> Tensor:
-    """(rows, d_model) embedded tokens -> (rows, d_model) of T5's ``encoder``.
-
-    ``bias``: (1, heads, n, n) of relative positions, n at least the longest history, where it is known already.
-    """
+def encode(encoder: Any, embedded: Tensor, layout: Layout) -> Tensor:
+    """(rows, d_model) embedded tokens -> (rows, d_model) of T5's ``encoder``."""
     share, training, heads = encoder.config.dropout_rate, encoder.training, encoder.config.num_heads
-    if bias is None:
-        bias = position_bias(encoder, max(g.longest for g in layout.groups))
+    bias = position_bias(encoder, max(g.longest for g in layout.groups))
     biases = [_biased(bias[..., : g.longest, : g.longest], g.hidden) for g in layout.groups]
     x = dropout(embedded, share, training)
     for block in encoder.block:

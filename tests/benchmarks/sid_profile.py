@@ -25,10 +25,11 @@ from gr.data.split import Split
 from gr.llm.decode import rank_titles
 from gr.llm.sequences import prompts
 from gr.llm.titles import TitleTrie
-from gr.sid.decode import T5Weights, rank_sids
+from gr.sid.decode import rank_sids
 from gr.sid.decoder_only import most_tokens, sid_titles
 from gr.sid.recommender import SidBatcher
 from gr.sid.references import tfidf_vectors
+from gr.sid.t5_weights import T5Weights
 from jobs.sid_recipes import Recipe
 
 KINDS = {

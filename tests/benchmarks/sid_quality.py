@@ -1,6 +1,6 @@
 """Quality of the SID recommenders beside cornac's TIGER and SASRec at equal training time, on Amazon Beauty.
 
-    pip install --no-deps --target FOLDER cornac==3.0.1
+    pip install --no-deps --target FOLDER cornac==3.0.1 powerlaw==1.5
     python tests/benchmarks/sid_quality.py --cornac FOLDER [--minutes 10] [--users N] [--only NAME ...] [--out FOLDER]
 
 Leave-one-out, the full catalogue, the items of the history among it, the same users and `gr.metrics` for all. Each contender
@@ -41,11 +41,11 @@ from gr.llm.decode import rank_titles
 from gr.llm.sequences import prompts
 from gr.llm.titles import TitleTrie
 from gr.metrics import TOP_K, ranking_metrics, target_ranks
-from gr.sid.decode import T5Weights
 from gr.sid.decoder_only import most_tokens, sid_titles
 from gr.sid.recommender import SidBatcher
 from gr.sid.references import templated, tfidf_vectors
 from gr.sid.sids import SidTable
+from gr.sid.t5_weights import T5Weights
 from jobs.options import Optimizer
 from jobs.sid_config import T5Size, TrainSidConfig
 from jobs.sid_recipes import recipe

@@ -1,6 +1,6 @@
 """Training and constrained beam search of the SID recommenders beside transformers' T5 and cornac's TIGER, on Amazon Beauty.
 
-    pip install --no-deps --target FOLDER cornac==3.0.1
+    pip install --no-deps --target FOLDER cornac==3.0.1 powerlaw==1.5
     python tests/benchmarks/sid_speed.py --cornac FOLDER [--threads 2] [--rounds 3]
 
 Without `--cornac` its rows are skipped. All have the same training targets (leave-one-out, every prefix), SIDs (TF-IDF and SVD to
@@ -33,12 +33,13 @@ from gr.data.stream import TrainStream
 from gr.llm.decode import rank_titles
 from gr.llm.sequences import prompts
 from gr.llm.titles import TitleTrie
-from gr.sid.decode import T5Weights, rank_sids
+from gr.sid.decode import rank_sids
 from gr.sid.decoder_only import most_tokens, sid_titles
 from gr.sid.quantizers import residual_kmeans, standardize
 from gr.sid.recommender import SidBatcher, t5
 from gr.sid.references import tfidf_vectors
 from gr.sid.sids import SidTable, disambiguate
+from gr.sid.t5_weights import T5Weights
 from gr.terms import Normalize
 from jobs.options import Optimizer
 from jobs.sid_config import T5Size, TrainSidConfig

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gr.beam import beam_search
+from gr.beam import Beams, beam_search
 from gr.trie import Trie
 
 VOCAB = 7
@@ -17,26 +17,29 @@ class Table:
 
     def __init__(self, users: int, seed: int) -> None:
         self.users, self.seed = users, seed
-        self.prefixes = [[()] for _ in range(users)]
+        self.prefixes: list[list[tuple[int, ...]]] = [[()] for _ in range(users)]
+        self.ranked = set(range(users))
 
     def logp(self, user: int, prefix: tuple[int, ...]) -> torch.Tensor:
         rng = np.random.default_rng((self.seed, user, len(prefix), *prefix))
         return torch.log_softmax(torch.from_numpy(rng.normal(size=VOCAB)), 0)
 
-    def start(self) -> torch.Tensor:
-        return torch.stack([self.logp(u, ()) for u in range(self.users)])
+    def start(self, span: tuple[int, int]) -> torch.Tensor:
+        return torch.stack([self.logp(u, ()) for u in range(self.users)])[:, slice(*span)]
 
-    def advance(self, parents: torch.Tensor, tokens: torch.Tensor, running: torch.Tensor) -> torch.Tensor:
-        self.prefixes = [
-            [(*self.prefixes[u][p], t) for p, t in zip(parents[u].tolist(), tokens[u].tolist(), strict=True)]
-            for u in range(self.users)
-        ]
+    def advance(self, beams: Beams, span: tuple[int, int]) -> torch.Tensor:
+        assert beams.running.any(dim=1).all() and set(beams.users.tolist()) <= self.ranked, (
+            "who has been ranked does not come back"
+        )
+        self.ranked = set(beams.users.tolist())
         unread = torch.full((VOCAB,), float("nan"), dtype=torch.float64)
-        rows = [
-            [self.logp(u, x) if run else unread for x, run in zip(self.prefixes[u], running[u].tolist(), strict=True)]
-            for u in range(self.users)
-        ]
-        return torch.stack([torch.stack(row) for row in rows])
+        rows = []
+        each = (x.tolist() for x in (beams.users, beams.parents, beams.tokens, beams.running))
+        for u, parent, token, running in zip(*each, strict=True):
+            self.prefixes[u] = [(*self.prefixes[u][p], t) for p, t in zip(parent, token, strict=True)]
+            now = [self.logp(u, x) if runs else unread for x, runs in zip(self.prefixes[u], running, strict=True)]
+            rows.append(torch.stack(now))
+        return torch.stack(rows)[..., slice(*span)]
 
 
 def brute_force(table: Table, sequences: list[tuple[int, ...]], user: int) -> list[float]:
@@ -73,8 +76,8 @@ def test_few_beams_stay_in_the_trie_and_score_what_they_return(sequences: set[tu
 
 def test_ties_at_the_cut_go_to_the_lower_token_whatever_the_batch() -> None:
     class Flat:
-        def start(self) -> torch.Tensor:
-            return torch.zeros(3, 300)
+        def start(self, span: tuple[int, int]) -> torch.Tensor:
+            return torch.zeros(3, 300)[:, slice(*span)]
 
         def advance(self, *_: torch.Tensor) -> torch.Tensor:
             raise AssertionError("every sequence has one token")
@@ -87,8 +90,8 @@ def test_ties_at_the_cut_go_to_the_lower_token_whatever_the_batch() -> None:
 @given(st.lists(st.lists(st.integers(0, 3), min_size=30, max_size=30), min_size=1, max_size=4), st.integers(1, 30))
 def test_ties_stand_in_order_wherever_they_are(scores: list[list[int]], beams: int) -> None:
     class Given:
-        def start(self) -> torch.Tensor:
-            return -torch.tensor(scores, dtype=torch.float32)
+        def start(self, span: tuple[int, int]) -> torch.Tensor:
+            return -torch.tensor(scores, dtype=torch.float32)[:, slice(*span)]
 
         def advance(self, *_: torch.Tensor) -> torch.Tensor:
             raise AssertionError("every sequence has one token")
@@ -106,7 +109,7 @@ def test_trie_holds_its_sequences_and_refuses_prefixes() -> None:
             edges = range(int(trie.first_edge[node]), int(trie.first_edge[node + 1]))
             node = next(int(trie.edge_node[e]) for e in edges if trie.edge_token[e] == token)
         assert int(trie.leaf[node]) == number
-    assert trie.degree == (2, 2, 2)
+    assert trie.span == ((1, 4), (1, 3), (0, 5))
     for bad in ([(1, 2), (1, 2)], [(1, 2), (1,)], [()]):
         with pytest.raises(ValueError, match="repeats or continues"):
             Trie.build(bad)

@@ -1,5 +1,7 @@
 """The T5 stepper against transformers' own forward pass, and whole decoding against scoring the catalogue."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -9,10 +11,11 @@ from gr.beam import beam_search, length_groups
 from gr.llm.decode import rank_titles
 from gr.llm.sequences import prompts
 from gr.llm.titles import TitleTrie
-from gr.sid.decode import T5Stepper, T5Weights, rank_sids
+from gr.sid.decode import T5Stepper, rank_sids
 from gr.sid.decoder_only import decoder_only, most_tokens, sid_titles
 from gr.sid.recommender import SidBatcher, SidLoss, t5, t5_flops
 from gr.sid.sids import SidTable, disambiguate
+from gr.sid.t5_weights import T5Weights
 from gr.terms import Normalize
 
 
@@ -116,9 +119,9 @@ def test_beams_without_a_choice_left_are_not_run() -> None:
     ran: list[int] = []
 
     class Watched(T5Stepper):
-        def _step(self, tokens: torch.Tensor, running: torch.Tensor) -> torch.Tensor:
+        def _step(self, users: Any, tokens: Any, running: torch.Tensor, span: Any) -> torch.Tensor:
             ran.append(int(running.sum()))
-            return super()._step(tokens, running)
+            return super()._step(users, tokens, running, span)
 
     trie = TitleTrie(sid_titles(alone), "catalogue")
     found, _ = beam_search(Watched(weights, trie, **inputs), trie.search, 4, normalize=True)

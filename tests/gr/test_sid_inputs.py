@@ -18,12 +18,13 @@ from gr.llm.backbone import NextTitle, count, forward_flops
 from gr.llm.decode import TitleStepper, rank_titles
 from gr.llm.sequences import batch
 from gr.llm.titles import TitleTrie
-from gr.sid.decode import T5Weights, rank_sids
+from gr.sid.decode import rank_sids
 from gr.sid.decoder_only import SidSequences, decoder_only, load_decoder_only
 from gr.sid.inputs import Reads
 from gr.sid.recommender import SidBatcher, SidLoss, load_t5, t5, t5_flops
 from gr.sid.sids import SidTable, disambiguate
 from gr.sid.t5 import GroupedT5
+from gr.sid.t5_weights import T5Weights
 from gr.terms import Normalize
 
 HISTORY = 6
