@@ -64,11 +64,11 @@ def _encoder_decoder(context: Context[EvaluateSidConfig], trained: TrainSidConfi
     model = load_t5(context.input("model")).eval().to(device)
     batcher = SidBatcher(sids, trained.max_history, reads_of(trained))
     trie = TitleTrie(sid_titles(sids), trained.normalize).to(device)
-    weights = T5Weights(model)
+    weights = T5Weights(model, trie)
 
     def rank(users: Users) -> tuple[NDArray[np.int32], float]:
         inputs = batcher.encoder_inputs([u.history for u in users], [u.user for u in users])
-        found, _, flops = rank_sids(weights, trie, {k: v.to(device) for k, v in inputs.items()}, context.config.beams)
+        found, _, flops = rank_sids(weights, {k: v.to(device) for k, v in inputs.items()}, context.config.beams)
         return found.astype(np.int32), flops
 
     return rank

@@ -12,8 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gr.beam import beam_search
-from gr.llm.titles import TitleTrie
+from gr.beam import Beams, beam_search
 from gr.sid.recommender import decoder_flops, encoder_flops
 from gr.sid.t5 import Layout
 from gr.sid.t5_weights import T5Weights
@@ -23,72 +22,68 @@ Attend = Callable[[Tensor, int], Tensor]
 
 
 class T5Stepper:
-    """`gr.beam.Stepper` for a T5 model and ``trie``; ``input_ids``, ``attention_mask``: (users, tokens), padded on the right.
+    """`gr.beam.Stepper` for a T5 model; ``input_ids``, ``attention_mask``: (users, tokens), padded on the right.
 
     Users stand in ``layout.order``, not in that of their inputs. ``flops`` counts what was run, padding left out.
     """
 
-    def __init__(self, weights: T5Weights, trie: TitleTrie, input_ids: Tensor, attention_mask: Tensor) -> None:
-        self.weights, self.trie = weights, trie
+    def __init__(self, weights: T5Weights, input_ids: Tensor, attention_mask: Tensor) -> None:
+        self.weights, c = weights, weights.config
         self.layout = Layout.of(attention_mask, weights.cross.dtype)
-        weights.biases(input_ids.shape[1], trie.search.depth)
+        weights.see_to(input_ids.shape[1])
         encoded = weights.encode(input_ids.flatten()[self.layout.index], self.layout)
         self.lengths = attention_mask.sum(dim=1)[self.layout.order]
-        heads, blocks = weights.config.num_heads, len(weights.decoder)
-        self.across = _CrossAttention(encoded @ weights.cross, self.layout, self.lengths, blocks, heads)
+        blocks = len(weights.decoder)
+        self.across = _CrossAttention(encoded @ weights.cross, self.layout, self.lengths, blocks, c.num_heads)
         tokens = self.lengths.cpu().numpy()
-        self.flops = encoder_flops(weights.config, tokens) - weights.history.looked_up * float(tokens.sum())
-        # Per block, keys and values of the running beams: (running beams, positions, 2, heads, d_kv).
-        self.past = [encoded.new_empty(len(input_ids), 0, 2, heads, weights.config.d_kv)] * blocks
+        self.flops = encoder_flops(c, tokens) - 2.0 * weights.history.looked_up * float(tokens.sum())
+        # Per block, keys and values of the running beams: (running beams, digits, 2, heads, d_kv). None are needed of prefixes.
+        self.past = [encoded.new_empty(len(input_ids), 0, 2, c.num_heads, c.d_kv)] * blocks
         self.row = torch.zeros(len(input_ids), 1, dtype=torch.int64, device=input_ids.device)  # of each beam in `past`
         self.position = 0
 
     def start(self, span: tuple[int, int]) -> Tensor:
-        users = torch.arange(len(self.row), device=self.row.device)
-        tokens = torch.full_like(self.row, self.weights.config.decoder_start_token_id)
-        return self._step(users, tokens, torch.ones_like(tokens, dtype=torch.bool), span)[:, 0]
+        root = torch.zeros_like(self.row)
+        tokens = torch.full_like(root, self.weights.config.decoder_start_token_id)
+        users = torch.arange(len(root), device=root.device)
+        return self._step(Beams(users, root, tokens, root, torch.ones_like(root, dtype=torch.bool)), span)[:, 0]
 
-    def advance(self, users: Tensor, parents: Tensor, tokens: Tensor, running: Tensor, span: tuple[int, int]) -> Tensor:
-        rows = self.row[users].gather(1, parents)[running]
+    def advance(self, beams: Beams, span: tuple[int, int]) -> Tensor:
+        rows = self.row[beams.users].gather(1, beams.parents)[beams.running]
         self.past = [x.index_select(0, rows) for x in self.past]
-        return self._step(users, tokens, running, span)
+        return self._step(beams, span)
 
-    def _step(self, users: Tensor, tokens: Tensor, running: Tensor, span: tuple[int, int]) -> Tensor:
-        """(users, beams) last tokens -> (users, beams, end - first) of `gr.beam.Stepper`."""
-        weights = self.weights
-        own = running.nonzero()[:, 0]
-        user = users[own]
+    def _step(self, beams: Beams, span: tuple[int, int]) -> Tensor:
+        """What `gr.beam.Stepper.advance` returns."""
+        weights, running = self.weights, beams.running
+        user = beams.users[running.nonzero()[:, 0]]
         attend = self.across.of(user)
-        x, qkv = weights.digits(tokens[running])
-        bias = weights.own_bias[0, :, self.position, : self.position + 1].T[..., None]  # (positions so far, heads, 1)
+        if weights.prefixes:
+            x, q = weights.prefixes(beams.nodes[running])
+        else:
+            x, q, self.past[0] = weights.own(0, *weights.digits(beams.tokens[running]), self.past[0])
         for i, block in enumerate(weights.decoder):
             if i:
-                qkv = weights.norm(x) @ block.qkv
-            x = torch.addmm(x, self._self_attention(qkv, bias, i), block.own_out)
-            x = torch.addmm(x, attend(weights.norm(x) @ block.cross_q, i), block.cross_out)
+                x, q, self.past[i] = weights.own(i, x, weights.norm(x) @ block.qkv, self.past[i])
+            x = torch.addmm(x, attend(q, i), block.cross_out)
             x = block.feed_forward(x, weights.norm(x))
         self.position += 1
-        self.row = torch.zeros(len(self.row), tokens.shape[1], dtype=torch.int64, device=user.device)
-        self.row[users] = torch.zeros_like(tokens).masked_scatter_(running, torch.arange(len(user), device=user.device))
+        numbers = torch.zeros_like(beams.nodes).masked_scatter_(running, torch.arange(len(user), device=user.device))
+        self.row = numbers.new_zeros(len(self.row), running.shape[1]).index_copy_(0, beams.users, numbers)
         logp = self._predictions(weights.norm(x), user, span)
         return logp.view(*running.shape, -1) if len(user) == running.numel() else _at(running, logp)
 
     def _predictions(self, x: Tensor, user: Tensor, span: tuple[int, int]) -> Tensor:
         """(running beams, d_model) and whose each is -> (running beams, end - first)."""
-        head, normalized = self.weights.head, self.trie.normalize == "vocabulary"
+        weights, normalized = self.weights, self.weights.trie.normalize == "vocabulary"
         # A search that normalises over a digit's own tokens reads no others.
-        logits = x @ (head if normalized else head[:, slice(*span)])
-        pairs = len(user) * self.position + int(self.lengths[user].sum())
-        self.flops += decoder_flops(self.weights.config, len(user), pairs, logits.numel())
-        self.flops -= self.weights.digits.looked_up * len(user)
+        logits = x @ (weights.head if normalized else weights.head[:, slice(*span)])
+        own = len(user) * self.position
+        pairs = own + int(self.lengths[user].sum())
+        self.flops += decoder_flops(weights.config, len(user), pairs, logits.numel()) - 2.0 * weights.looked_up * len(user)
+        if weights.prefixes:
+            self.flops -= 4.0 * weights.config.num_heads * weights.config.d_kv * own
         return logits.float().log_softmax(-1)[:, slice(*span)] if normalized else logits
-
-    def _self_attention(self, qkv: Tensor, bias: Tensor, block: int) -> Tensor:
-        x = qkv.view(len(qkv), 1, 3, self.weights.config.num_heads, -1)
-        self.past[block] = torch.cat([self.past[block], x[:, :, 1:]], dim=1)
-        k, v = self.past[block].unbind(2)
-        scores = (x[:, :, 0] * k).sum(-1, keepdim=True) + bias  # a handful of positions: no matrix product worth starting
-        return (scores.softmax(1) * v).sum(1).view(len(qkv), -1)
 
 
 def _at(running: Tensor, rows: Tensor) -> Tensor:
@@ -113,7 +108,7 @@ class _CrossAttention:
         self.hidden = [None if g.hidden is None else g.hidden.expand(-1, heads, -1, -1).flatten(0, 1) for g in layout.groups]
         # Per group (blocks x 2, users x heads, longest, d_kv), in the order in which products of matrices read them.
         each = [
-            self.rows[g.rows].unflatten(0, (len(g), g.longest)).permute(2, 0, 3, 1, 4).flatten(1, 2).contiguous()
+            self.rows[g.rows].view(len(g), g.longest, *self.rows.shape[1:]).permute(2, 0, 3, 1, 4).flatten(1, 2).contiguous()
             for g in layout.groups
         ]
         self.keys = [[x[2 * block].transpose(1, 2) for x in each] for block in range(blocks)]
@@ -150,10 +145,8 @@ class _CrossAttention:
             q = q if whole else q.new_zeros(users * most, q.shape[1]).index_copy_(0, place, q)
             queries = q.view(users, most, self.heads, -1).transpose(1, 2).flatten(0, 1).contiguous()
             mixed = torch.empty_like(queries)
-            groups = zip(
-                queries.split(self.sizes), self.keys[block], self.hidden, self.values[block], mixed.split(self.sizes), strict=True
-            )
-            for own, keys, hidden, values, out in groups:
+            parts = queries.split_with_sizes(self.sizes), mixed.split_with_sizes(self.sizes)
+            for own, out, keys, values, hidden in zip(*parts, self.keys[block], self.values[block], self.hidden, strict=True):
                 scores = torch.bmm(own, keys) if hidden is None else torch.baddbmm(hidden, own, keys)
                 torch.bmm(scores.softmax(-1), values, out=out)
             rows = mixed.view(users, self.heads, most, -1).transpose(1, 2).reshape(users * most, -1)
@@ -163,12 +156,10 @@ class _CrossAttention:
 
 
 @torch.inference_mode()
-def rank_sids(
-    weights: T5Weights, trie: TitleTrie, inputs: dict[str, Tensor], beams: int
-) -> tuple[NDArray[np.int64], NDArray[np.float32], float]:
+def rank_sids(weights: T5Weights, inputs: dict[str, Tensor], beams: int) -> tuple[NDArray[np.int64], NDArray[np.float32], float]:
     """The (users, beams) best SIDs of each history by beam search, -1 where there are fewer, their log-probabilities, normalised
-    as ``trie`` says, and the FLOPs. ``inputs``: of `gr.sid.recommender.SidBatcher.encoder_inputs`."""
-    stepper = T5Stepper(weights, trie, **inputs)
+    as the trie of ``weights`` says, and the FLOPs. ``inputs``: of `gr.sid.recommender.SidBatcher.encoder_inputs`."""
+    stepper, trie = T5Stepper(weights, **inputs), weights.trie
     found, scores = beam_search(stepper, trie.search, beams, trie.normalize == "catalogue")
     back = stepper.layout.order.argsort()
     return found[back].cpu().numpy(), scores[back].cpu().numpy(), stepper.flops

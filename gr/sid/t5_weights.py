@@ -1,8 +1,9 @@
 """A T5 recommender's weights as decoding reads them, and its encoder's pass over them.
 
 Projections that read the same input are joined into one, the scale of each layer norm is folded into what reads it, and all stand
-transposed, (in, out), as products of matrices read them fastest on a CPU. T5 knows no absolute positions, so what the first block
-of a stack projects depends on the token alone: it is computed once per token of the vocabulary and looked up.
+transposed, (in, out), as products of matrices read them fastest on a CPU. T5 knows no absolute positions, so what the encoder's
+first block projects depends on the token alone; and what the decoder's first block does before it attends to a history, on the
+digits alone. Both are computed once and looked up, the latter for every prefix of a SID that goes on.
 """
 
 from typing import Any
@@ -12,15 +13,20 @@ from torch import Tensor, nn
 from torch.nn.functional import embedding
 from transformers import T5ForConditionalGeneration
 
+from gr.llm.titles import TitleTrie
 from gr.sid.t5 import Group, Layout, position_bias
+from gr.trie import Trie
+
+MOST_OF_PREFIXES = 2**24
+"""Numbers of the table of prefixes, at most: for more the first block is run."""
 
 
 class T5Weights:
-    """Of ``model``, in eval mode; whose weights must not change after."""
+    """Of ``model``, in eval mode, whose weights must not change after; to decode over ``trie``."""
 
     @torch.no_grad()
-    def __init__(self, model: T5ForConditionalGeneration) -> None:
-        self.model, self.config = model, model.config
+    def __init__(self, model: T5ForConditionalGeneration, trie: TitleTrie) -> None:
+        self.model, self.config, self.trie = model, model.config, trie
         encoder: Any = model.encoder
         decoder: Any = model.decoder
         norm = decoder.final_layer_norm
@@ -34,14 +40,17 @@ class T5Weights:
         scale = model.config.d_model**-0.5 if model.config.scale_decoder_outputs else 1.0
         self.head = _transposed([model.lm_head.weight * scale], norm)
         # Distances are few: their biases are computed once, and again when a history is longer than any before.
-        self.own_bias, self.encoder_bias = position_bias(decoder, 1), position_bias(encoder, 1)
+        self.own_bias, self.encoder_bias = position_bias(decoder, trie.search.depth), position_bias(encoder, 1)
+        block = self.decoder[0]
+        self.looked_up, self.prefixes = block.qkv.numel(), None
+        if int((trie.search.leaf < 0).sum()) * (block.qkv.shape[0] + block.cross_q.shape[1]) <= MOST_OF_PREFIXES:
+            self.prefixes = _Prefixes(self, trie.search)
+            self.looked_up += block.own_out.numel() + block.cross_q.numel()
 
-    def biases(self, longest: int, digits: int) -> None:
-        """Sees to it that there are the encoder's for ``longest`` tokens and the decoder's for ``digits``."""
+    def see_to(self, longest: int) -> None:
+        """Biases for histories of ``longest`` tokens."""
         if self.encoder_bias.shape[-1] < longest:
             self.encoder_bias = position_bias(self.model.encoder, longest)
-        if self.own_bias.shape[-1] < digits:
-            self.own_bias = position_bias(self.model.decoder, digits)
 
     def norm(self, x: Tensor) -> Tensor:
         """(rows, d_model), without the scale, which stands in what reads it."""
@@ -59,12 +68,53 @@ class T5Weights:
             x = block.feed_forward(x, self.norm(x))
         return self.norm(x)
 
+    def own(self, number: int, x: Tensor, qkv: Tensor, past: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """A decoder block up to its attention to histories, of one more digit of each beam.
+
+        ``x``: (beams, d_model), ``qkv``: (beams, 3 x heads x d_kv), ``past``: (beams, digits before, 2, heads, d_kv) keys and
+        values. Returns x, the queries (beams, heads x d_kv) of the attention to histories, and ``past`` with this digit.
+        """
+        block, position = self.decoder[number], past.shape[1]
+        bias = self.own_bias[0, :, position, : position + 1].T[..., None]  # (digits, heads, 1)
+        new = qkv.view(len(qkv), 1, 3, self.config.num_heads, -1)
+        past = torch.cat([past, new[:, :, 1:]], dim=1)
+        k, v = past.unbind(2)
+        scores = (new[:, :, 0] * k).sum(-1, keepdim=True) + bias  # a handful of digits: no product of matrices worth starting
+        x = torch.addmm(x, (scores.softmax(1) * v).sum(1).view(len(qkv), -1), block.own_out)
+        return x, self.norm(x) @ block.cross_q, past
+
+
+class _Prefixes:
+    """Of each node of a trie that has children, what `T5Weights.own` of the first block makes of the digits down to it."""
+
+    def __init__(self, weights: T5Weights, trie: Trie) -> None:
+        device, c = trie.leaf.device, weights.config
+        self.row, self.width = torch.zeros_like(trie.leaf), c.d_model
+        nodes = torch.zeros(1, dtype=torch.int64, device=device)
+        tokens = torch.full_like(nodes, c.decoder_start_token_id)
+        past = weights.cross.new_empty(1, 0, 2, c.num_heads, c.d_kv)
+        parts: list[Tensor] = []
+        while len(nodes):
+            self.row[nodes] = sum(map(len, parts)) + torch.arange(len(nodes), device=device)
+            x, queries, past = weights.own(0, *weights.digits(tokens), past)
+            parts.append(torch.cat([x, queries], dim=1))
+            token, child, exists = trie.children(nodes)
+            exists &= trie.leaf[child] < 0
+            nodes, tokens, past = child[exists], token[exists], past[exists.nonzero()[:, 0]]
+        self.table = torch.cat(parts)
+
+    def __call__(self, nodes: Tensor) -> tuple[Tensor, Tensor]:
+        """(beams,) -> (beams, d_model), (beams, heads x d_kv)"""
+        x, queries = embedding(self.row[nodes], self.table).tensor_split([self.width], dim=1)
+        return x, queries
+
 
 def _rms_norm(x: Tensor, eps: float) -> Tensor:
     """On a CPU torch's own takes half as long again, for it writes down the squares that it sums."""
     wide = torch.promote_types(x.dtype, torch.float32)
-    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
-    return x * length.square_().div_(x.shape[-1]).add_(eps).rsqrt_().to(x.dtype)
+    length: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
+    scale = length.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+    return x * scale.to(x.dtype)
 
 
 def _transposed(weights: list[Tensor], norm: Any = None) -> Tensor:
@@ -95,17 +145,14 @@ class _DecoderBlock(_Block):
 
 
 class _Tokens:
-    """Tokens' vectors, and the first block's queries, keys and values of them.
-
-    ``looked_up``: FLOPs that a token is spared.
-    """
+    """Tokens' vectors, and the first block's queries, keys and values of them; ``looked_up``: weights that a token is spared."""
 
     def __init__(self, tokens: nn.Embedding, block: _Block, eps: float) -> None:
         self.tokens, self.block, self.eps = tokens, block, eps
         self.table, self.looked_up = None, 0
         if type(tokens) is nn.Embedding:  # with tables for users and positions beside it, there are too many numbers
             self.table = torch.cat([tokens.weight, self._projected(tokens.weight)], dim=1)
-            self.looked_up = 2 * block.qkv.numel()
+            self.looked_up = block.qkv.numel()
 
     def __call__(self, numbers: Tensor) -> tuple[Tensor, Tensor]:
         """(rows,) -> (rows, d_model), (rows, 3 x heads x d_kv)"""
@@ -131,7 +178,9 @@ def _attention(qkv: Tensor, layout: Layout, biases: list[Tensor], heads: int) ->
     inner = qkv.shape[1] // 3
     out = qkv.new_empty(len(qkv), inner)
     sizes = [len(g) * g.longest for g in layout.groups]
-    for group, own, bias, mixed in zip(layout.groups, qkv.split(sizes), biases, out.split(sizes), strict=True):
+    for group, own, bias, mixed in zip(
+        layout.groups, qkv.split_with_sizes(sizes), biases, out.split_with_sizes(sizes), strict=True
+    ):
         users, n = len(group), group.longest
         # One copy per group, and products of what stands in one piece: matmul would copy each of the three.
         q, k, v = own.view(users, n, 3, heads, -1).permute(2, 0, 3, 1, 4).reshape(3, users * heads, n, -1)

@@ -84,7 +84,8 @@ def works(split: Split) -> dict[str, Callable[[], float]]:
     users = [u.history for u in split.evaluation_users("test", limit=USERS)]
     t5, causal = (made(split, sids, architecture, "catalogue") for architecture in ("encoder-decoder", "decoder-only"))
     titles, batcher, longest = sid_titles(sids), SidBatcher(sids, HISTORY), most_tokens(sids, HISTORY)
-    trie, weights = TitleTrie(titles, "catalogue"), T5Weights(t5.recommender)
+    trie = TitleTrie(titles, "catalogue")
+    weights = T5Weights(t5.recommender, trie)
     adams = {id(recipe): optimizer_of(recipe.model) for recipe in (t5, causal)}
     some = [users[start : start + BATCH] for start in range(0, USERS, BATCH)]
 
@@ -93,7 +94,7 @@ def works(split: Split) -> dict[str, Callable[[], float]]:
 
     def search_t5() -> float:
         t5.model.eval()
-        return sum(rank_sids(weights, trie, batcher.encoder_inputs(histories), BEAMS)[2] for histories in some)
+        return sum(rank_sids(weights, batcher.encoder_inputs(histories), BEAMS)[2] for histories in some)
 
     def search_causal() -> float:
         causal.model.eval()

@@ -101,7 +101,7 @@ def ours(config: TrainSidConfig, split: Split, sids: SidTable) -> Contender:
     trie = TitleTrie(titles, "catalogue")
     if config.architecture == "encoder-decoder":
         batcher = SidBatcher(sids, HISTORY)
-        return Contender(made.model, step, lambda h: rank_t5(T5Weights(made.recommender), trie, batcher, h, BEAMS))
+        return Contender(made.model, step, lambda h: rank_t5(T5Weights(made.recommender, trie), batcher, h, BEAMS))
     longest = most_tokens(sids, HISTORY)
     return Contender(
         made.model, step, lambda h: rank_titles(made.recommender, trie, prompts(titles, h, HISTORY, longest), BEAMS)[0]

@@ -1,7 +1,7 @@
 """Training and constrained beam search of the SID recommenders beside transformers' T5 and cornac's TIGER, on Amazon Beauty.
 
     pip install --no-deps --target FOLDER cornac==3.0.1 powerlaw==1.5
-    python tests/benchmarks/sid_speed.py --cornac FOLDER [--threads 2] [--rounds 3]
+    python tests/benchmarks/sid_speed.py --cornac FOLDER [--threads 2] [--rounds 7]
 
 Without `--cornac` its rows are skipped. All have the same training targets (leave-one-out, every prefix), SIDs (TF-IDF and SVD to
 64 dimensions, residual k-means 3 x 256, an extra digit), d 128, 2 + 2 layers, batches of 64, dropout .1, and AdamW. A step counts
@@ -178,8 +178,8 @@ class Cornac:
             self.model.generate_beam(*self.encoder_inputs([history]), beams, self.children)
 
 
-def rank_t5(weights: T5Weights, trie: TitleTrie, batcher: SidBatcher, histories: Histories, beams: int) -> NDArray[np.int64]:
-    return rank_sids(weights, trie, batcher.encoder_inputs(histories), beams)[0]
+def rank_t5(weights: T5Weights, batcher: SidBatcher, histories: Histories, beams: int) -> NDArray[np.int64]:
+    return rank_sids(weights, batcher.encoder_inputs(histories), beams)[0]
 
 
 class Generate:
@@ -254,7 +254,7 @@ def compare(split: Split, cornac: Path | None, rounds: int) -> bool:
         each = {name: serve(rank, users, beams, 8 if name.startswith("cornac") else USERS) for name, rank in decoding.items()}
         turns(f"constrained beam search, {beams} beams, users", each, rounds)
     shared = recipes["grscale encoder-decoder, vocabulary"].recommender
-    mine = rank_t5(T5Weights(shared), TitleTrie(sid_titles(sids), "vocabulary"), batcher, users, 10).tolist()
+    mine = rank_t5(T5Weights(shared, TitleTrie(sid_titles(sids), "vocabulary")), batcher, users, 10).tolist()
     share = same_lists(mine, Generate(shared, batcher).items(users, 10))
     print(f"\nsame 10 items as transformers on the same weights: {share:.1%} of {len(users)} users (expected: more than 99%)")
     return share > 0.99
@@ -268,8 +268,8 @@ def decoders(
     titles = sid_titles(sids)
     tries = {normalize: TitleTrie(titles, normalize) for normalize in get_args(Normalize)}
     for normalize, trie in tries.items():
-        weights = T5Weights(recipes[f"grscale encoder-decoder, {normalize}"].recommender)
-        result[f"grscale encoder-decoder, {normalize}"] = lambda h, b, w=weights, t=trie: rank_t5(w, t, batcher, h, b)
+        weights = T5Weights(recipes[f"grscale encoder-decoder, {normalize}"].recommender, trie)
+        result[f"grscale encoder-decoder, {normalize}"] = lambda h, b, w=weights: rank_t5(w, batcher, h, b)
     for normalize, trie in tries.items():
         lm = recipes[f"grscale decoder-only, {normalize}"].recommender
         result[f"grscale decoder-only, {normalize}"] = lambda h, b, m=lm, t=trie: rank_titles(
@@ -294,7 +294,7 @@ def serve(rank: Callable[[Histories, int], Any], users: Histories, beams: int, s
 def main() -> int:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--threads", type=int, default=2)
-    arguments.add_argument("--rounds", type=int, default=3)
+    arguments.add_argument("--rounds", type=int, default=7)
     return with_cornac(arguments, lambda split, o: compare(split, o.cornac, o.rounds))
 
 

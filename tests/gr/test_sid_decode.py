@@ -1,16 +1,15 @@
 """The T5 stepper against transformers' own forward pass, and whole decoding against scoring the catalogue."""
 
-from typing import Any
-
 import numpy as np
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from gr.beam import beam_search, length_groups
+from gr.beam import Beams, beam_search, length_groups
 from gr.llm.decode import rank_titles
 from gr.llm.sequences import prompts
 from gr.llm.titles import TitleTrie
+from gr.sid import t5_weights
 from gr.sid.decode import T5Stepper, rank_sids
 from gr.sid.decoder_only import decoder_only, most_tokens, sid_titles
 from gr.sid.recommender import SidBatcher, SidLoss, t5, t5_flops
@@ -26,6 +25,16 @@ def sids() -> SidTable:
     return SidTable(1 + offsets + codes, int(2 + codes.max(0).sum() + 2))
 
 
+@pytest.fixture(params=["prefixes looked up", "prefixes run"])
+def prefixes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether the decoder's first block is looked up, or run, as for more prefixes than a table has room for."""
+    looked_up = bool(request.param == "prefixes looked up")
+    if not looked_up:
+        monkeypatch.setattr(t5_weights, "MOST_OF_PREFIXES", 0)
+    return looked_up
+
+
+@pytest.mark.usefixtures("prefixes")
 @pytest.mark.parametrize("normalize", ["vocabulary", "catalogue"])
 def test_every_item_is_ranked_by_its_own_log_probability(sids: SidTable, normalize: Normalize) -> None:
     loss = SidLoss(sids, normalize)
@@ -36,7 +45,7 @@ def test_every_item_is_ranked_by_its_own_log_probability(sids: SidTable, normali
     batcher = SidBatcher(sids, max_history=6)
     histories = [np.array([3, 5, 9]), np.array([7]), np.arange(12)]
     inputs = batcher.encoder_inputs(histories)
-    leaf, score, _ = rank_sids(T5Weights(model), TitleTrie(sid_titles(sids), normalize), inputs, beams=40)
+    leaf, score, _ = rank_sids(T5Weights(model, TitleTrie(sid_titles(sids), normalize)), inputs, beams=40)
     for user, history in enumerate(histories):
         alone = batcher.encoder_inputs([history] * 40)
         with torch.no_grad():
@@ -64,7 +73,7 @@ def test_users_are_ranked_alike_alone_and_among_others_of_all_lengths(sids: SidT
     assert len(length_groups(torch.arange(20))) > 1
 
     def by_t5(some: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-        return rank_sids(T5Weights(model), TitleTrie(titles, normalize), batcher.encoder_inputs(some), beams=5)[:2]
+        return rank_sids(T5Weights(model, TitleTrie(titles, normalize)), batcher.encoder_inputs(some), beams=5)[:2]
 
     def by_decoder(some: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         search = TitleTrie(titles, normalize)
@@ -91,7 +100,7 @@ def test_places_of_beams_that_there_are_not_do_no_harm() -> None:
     for parameter in model.parameters():
         parameter.data += 0.3 * torch.randn_like(parameter)
     inputs, loss = SidBatcher(uneven, 5).encoder_inputs([np.array([0, 7])]), SidLoss(uneven, "catalogue")
-    found, scores, _ = rank_sids(T5Weights(model), TitleTrie(sid_titles(uneven), "catalogue"), inputs, beams=18)
+    found, scores, _ = rank_sids(T5Weights(model, TitleTrie(sid_titles(uneven), "catalogue")), inputs, beams=18)
     labels = [SidBatcher(uneven, 5).labels([item]) for item in found[0, :16]]
     assert sorted(found[0].tolist()) == [-1, -1, *range(16)]
     assert scores[0, :16] == pytest.approx([-loss(model, inputs | {"labels": label}).item() for label in labels], abs=1e-4)
@@ -103,10 +112,10 @@ def test_what_is_kept_between_batches_grows_with_their_histories(sids: SidTable)
     for parameter in model.parameters():
         parameter.data += 0.3 * torch.randn_like(parameter)
     batcher, trie = SidBatcher(sids, 20), TitleTrie(sid_titles(sids), "catalogue")
-    kept = T5Weights(model)
+    kept = T5Weights(model, trie)
     for length in (2, 15, 4):
         inputs = batcher.encoder_inputs([np.arange(length)])
-        (found, scores, _), (own, fresh, _) = (rank_sids(w, trie, inputs, beams=5) for w in (kept, T5Weights(model)))
+        (found, scores, _), (own, fresh, _) = (rank_sids(w, inputs, beams=5) for w in (kept, T5Weights(model, trie)))
         assert found.tolist() == own.tolist() and scores == pytest.approx(fresh)
 
 
@@ -115,16 +124,16 @@ def test_beams_without_a_choice_left_are_not_run() -> None:
     """Over the catalogue a first digit that one item alone has ends its beam there."""
     alone = SidTable(np.array([[1, 4, 6], [2, 4, 7], [3, 4, 6], [3, 5, 7]]), 8)
     model = t5(alone.vocab, layers=1, d_model=16, heads=2, d_kv=8, d_ff=32, dropout=0.0).eval()
-    weights, inputs = T5Weights(model), SidBatcher(alone, 5).encoder_inputs([np.array([0, 1])])
+    trie = TitleTrie(sid_titles(alone), "catalogue")
+    weights, inputs = T5Weights(model, trie), SidBatcher(alone, 5).encoder_inputs([np.array([0, 1])])
     ran: list[int] = []
 
     class Watched(T5Stepper):
-        def _step(self, users: Any, tokens: Any, running: torch.Tensor, span: Any) -> torch.Tensor:
-            ran.append(int(running.sum()))
-            return super()._step(users, tokens, running, span)
+        def _step(self, beams: Beams, span: tuple[int, int]) -> torch.Tensor:
+            ran.append(int(beams.running.sum()))
+            return super()._step(beams, span)
 
-    trie = TitleTrie(sid_titles(alone), "catalogue")
-    found, _ = beam_search(Watched(weights, trie, **inputs), trie.search, 4, normalize=True)
+    found, _ = beam_search(Watched(weights, **inputs), trie.search, 4, normalize=True)
     assert ran == [1, 1], "the start, and the one first digit that two items share"
     assert sorted(found[0].tolist()) == [0, 1, 2, 3]
 
@@ -141,16 +150,17 @@ def test_flops_are_those_that_torch_counts() -> None:
     assert t5_flops(model.config, np.array([12]), digits=4) + masked == counter.get_total_flops()
 
 
-def test_flops_of_beam_search_are_those_that_torch_counts() -> None:
+def test_flops_of_beam_search_are_those_that_torch_counts(prefixes: bool) -> None:
     """A catalogue wide enough that all beams are in use from the second digit on."""
     codes = disambiguate(np.random.default_rng(0).integers(0, 30, (4000, 3)))
     offsets = np.concatenate([[0], np.cumsum(codes.max(0) + 1)[:-1]])
     sids = SidTable(1 + offsets + codes, int(1 + (codes.max(0) + 1).sum()))
     model = t5(sids.vocab, layers=2, d_model=32, heads=4, d_kv=8, d_ff=64, dropout=0.0).eval()
     model.set_attn_implementation("eager")
-    weights, inputs = T5Weights(model), SidBatcher(sids, 10).encoder_inputs([np.arange(10)])
+    weights = T5Weights(model, TitleTrie(sid_titles(sids), "vocabulary"))
+    inputs = SidBatcher(sids, 10).encoder_inputs([np.arange(10)])
     with FlopCounterMode(display=False) as counter:
-        _, _, flops = rank_sids(weights, TitleTrie(sid_titles(sids), "vocabulary"), inputs, beams=20)
+        _, _, flops = rank_sids(weights, inputs, beams=20)
     # Attention to a beam's own prefix is computed without products of matrices, so torch doesn't count it.
-    own = 2 * 4 * 32 * (1 + 20 * (2 + 3 + 4))
+    own = (1 if prefixes else 2) * 4 * 32 * (1 + 20 * (2 + 3 + 4))
     assert flops == counter.get_total_flops() + own

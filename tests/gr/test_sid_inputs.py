@@ -141,9 +141,9 @@ def test_a_long_history_is_cut_into_windows_that_have_every_target_once(sids: Si
 
 
 def by_t5(sids: SidTable, reads: Reads, normalize: Normalize) -> Callable[..., tuple[Any, Any]]:
-    weights, batcher = T5Weights(an_encoder_decoder(sids, reads)), SidBatcher(sids, HISTORY, reads)
     trie = TitleTrie(SidSequences(sids, HISTORY).titles, normalize)
-    return lambda users, histories, beams: rank_sids(weights, trie, batcher.encoder_inputs(histories, users), beams)[:2]
+    weights, batcher = T5Weights(an_encoder_decoder(sids, reads), trie), SidBatcher(sids, HISTORY, reads)
+    return lambda users, histories, beams: rank_sids(weights, batcher.encoder_inputs(histories, users), beams)[:2]
 
 
 def by_decoder(sids: SidTable, reads: Reads, normalize: Normalize) -> Callable[..., tuple[Any, Any]]:
