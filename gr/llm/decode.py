@@ -106,10 +106,15 @@ class TitleStepper:
         real = running.gather(1, chosen)
         rows = self.place[users].gather(1, beams.parents).gather(1, chosen).masked_fill_(~real, 0)
         run = (self._among_live(x, at) for x in (rows, beams.tokens.gather(1, chosen), real))
-        logp = self._run(*run)[at, :, slice(*span)]
+        logp = self._run(*run)[..., slice(*span)]
+        logp = logp if len(at) == len(self.live) else logp[at]  # a copy, which may be large
         self.place = self.place.new_zeros(len(self.place), running.shape[1])
         self.place[users] = self.place[users].scatter(1, chosen, torch.arange(most, device=self.device).expand_as(chosen))
-        return logp.new_zeros(*running.shape, logp.shape[2]).scatter_(1, chosen[..., None].expand_as(logp), logp)
+        if bool(real.all()) and real.shape == running.shape:
+            return logp
+        result = logp.new_empty(*running.shape, logp.shape[2])
+        result[torch.arange(len(users), device=self.device)[:, None], chosen] = logp
+        return result
 
     def _among_live(self, x: Tensor, at: Tensor) -> Tensor:
         """(users, rows) -> (live, rows), zero for those that are no longer ranked."""

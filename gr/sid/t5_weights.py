@@ -17,7 +17,7 @@ from gr.llm.titles import TitleTrie
 from gr.sid.t5 import Group, Layout, position_bias
 from gr.trie import Trie
 
-MOST_OF_PREFIXES = 2**24
+MOST_OF_PREFIXES = 2**23
 """Numbers of the table of prefixes, at most: for more the first block is run."""
 
 
@@ -98,15 +98,27 @@ class _Prefixes:
             self.row[nodes] = sum(map(len, parts)) + torch.arange(len(nodes), device=device)
             x, queries, past = weights.own(0, *weights.digits(tokens), past)
             parts.append(torch.cat([x, queries], dim=1))
-            token, child, exists = trie.children(nodes)
-            exists &= trie.leaf[child] < 0
-            nodes, tokens, past = child[exists], token[exists], past[exists.nonzero()[:, 0]]
+            parent, edge = _edges(trie, nodes)
+            on = trie.leaf[trie.edge_node[edge]] < 0
+            nodes, tokens, past = trie.edge_node[edge[on]], trie.edge_token[edge[on]], past[parent[on]]
         self.table = torch.cat(parts)
 
     def __call__(self, nodes: Tensor) -> tuple[Tensor, Tensor]:
         """(beams,) -> (beams, d_model), (beams, heads x d_kv)"""
         x, queries = embedding(self.row[nodes], self.table).tensor_split([self.width], dim=1)
         return x, queries
+
+
+def _edges(trie: Trie, nodes: Tensor) -> tuple[Tensor, Tensor]:
+    """All edges below ``nodes``, one after the other: (edges,) whose each is among the nodes, and its number.
+
+    `Trie.edges` gives all nodes as many as the widest has: of a whole level, which may have one very wide, too many.
+    """
+    first = trie.first_edge[nodes]
+    counts = trie.first_edge[nodes + 1] - first
+    parent = torch.arange(len(nodes), device=nodes.device).repeat_interleave(counts)
+    before = counts.cumsum(0) - counts
+    return parent, torch.arange(len(parent), device=nodes.device) + (first - before)[parent]
 
 
 def _rms_norm(x: Tensor, eps: float) -> Tensor:
