@@ -83,7 +83,7 @@ def test_the_chain_with_all_that_can_be_read(
     jobs: Jobs, split: str, sids: str, architecture: str, rows: str, places: int
 ) -> None:
     """Trained, saved, loaded and evaluated; and with other rows, by two processes as by one."""
-    name, config = f"reads-{architecture}", training(steps=150) | READS | {"architecture": architecture, "dropout": 0.0}
+    name, config = f"reads-{architecture}", training(steps=150, lr=0.005) | READS | {"architecture": architecture, "dropout": 0.0}
     trained = jobs.run("train_sid", name, config, split=split, sids=sids)
     evaluated = jobs.run("evaluate_sid", f"{name}-evaluated", {}, split=split, sids=sids, model=name)
     floor = jobs.run("baseline", "popularity", {"method": "popularity"}, split=split)
