@@ -82,9 +82,8 @@ class TitleStepper:
         self.prompts = torch.from_numpy(ids).to(device)
         self.cache = Cache(layer_class_to_replicate=_GrowingLayer)
         self.live = torch.arange(len(prompts), device=device)  # users still in the cache
-        self.place = torch.zeros(
-            len(prompts), 1, dtype=torch.int64, device=device
-        )  # per user and beam, its row in `seen` if it was run last
+        # Per user and beam, its row in `seen`, if it was run last.
+        self.place = torch.zeros(len(prompts), 1, dtype=torch.int64, device=device)
 
     def start(self, span: tuple[int, int]) -> Tensor:
         users, width = self.prompts.shape

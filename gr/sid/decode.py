@@ -2,7 +2,7 @@
 
 Beams are query positions of one user, not rows of a batch, so cross-attention reads each user's keys once, whatever the number
 of beams; only the few positions of a beam's own prefix are kept per beam and reordered. What works token by token sees the beams
-that have not ended as rows of one matrix: where SIDs are told apart by their first digits, most beams end before the last.
+that have not ended as rows of one matrix: where SIDs are told apart by their first digits, many beams end before the last.
 """
 
 from collections.abc import Callable
@@ -101,40 +101,22 @@ class _CrossAttention:
 
     def __init__(self, projected: Tensor, layout: Layout, lengths: Tensor, blocks: int, heads: int) -> None:
         self.lengths, self.heads = lengths, heads
-        self.rows = projected.view(len(projected), 2 * blocks, heads, -1)
-        first = np.concatenate([np.arange(g.rows.start, g.rows.stop, g.longest) for g in layout.groups])
-        self.first = torch.from_numpy(first).to(lengths.device)  # row of each user
+        rows = projected.view(len(projected), 2 * blocks, heads, -1)
         self.sizes = [len(g) * heads for g in layout.groups]
         self.hidden = [None if g.hidden is None else g.hidden.expand(-1, heads, -1, -1).flatten(0, 1) for g in layout.groups]
         # Per group (blocks x 2, users x heads, longest, d_kv), in the order in which products of matrices read them.
         each = [
-            self.rows[g.rows].view(len(g), g.longest, *self.rows.shape[1:]).permute(2, 0, 3, 1, 4).flatten(1, 2).contiguous()
+            rows[g.rows].view(len(g), g.longest, *rows.shape[1:]).permute(2, 0, 3, 1, 4).flatten(1, 2).contiguous()
             for g in layout.groups
         ]
         self.keys = [[x[2 * block].transpose(1, 2) for x in each] for block in range(blocks)]
         self.values = [[x[2 * block + 1] for x in each] for block in range(blocks)]
 
     def of(self, user: Tensor) -> Attend:
-        """``user``: (running beams,) whose each is, in rising order."""
-        return self._few(user) if 2 * len(user) <= len(self.lengths) else self._many(user)
+        """``user``: (running beams,) whose each is, in rising order.
 
-    def _few(self, user: Tensor) -> Attend:
-        """A copy of the history for each beam, and no products of matrices, of which there would be one per group."""
-        lengths = self.lengths[user].clamp(min=1)
-        slot = torch.arange(int(lengths.max()), device=user.device)
-        each = self.rows[(self.first[user, None] + slot).clamp_(max=len(self.rows) - 1)].unbind(2)
-        hidden = torch.zeros(len(user), len(slot), 1, dtype=self.rows.dtype, device=user.device)
-        hidden.masked_fill_((slot >= lengths[:, None])[..., None], torch.finfo(hidden.dtype).min)
-
-        def attend(q: Tensor, block: int) -> Tensor:
-            k, v = each[2 * block : 2 * block + 2]
-            scores = (q.view(len(q), 1, self.heads, -1) * k).sum(-1) + hidden
-            return (scores.softmax(1)[..., None] * v).sum(1).view(len(q), -1)
-
-        return attend
-
-    def _many(self, user: Tensor) -> Attend:
-        """A user's running beams stand first among its queries, of which all users have as many as any needs."""
+        A user's running beams stand first among its queries, of which all users have as many as any needs.
+        """
         users = len(self.lengths)
         each = user.bincount(minlength=users)
         most = int(each.max())
