@@ -164,3 +164,23 @@ def test_flops_of_beam_search_are_those_that_torch_counts(prefixes: bool) -> Non
     # Attention to a beam's own prefix is computed without products of matrices, so torch doesn't count it.
     own = (1 if prefixes else 2) * 4 * 32 * (1 + 20 * (2 + 3 + 4))
     assert flops == counter.get_total_flops() + own
+
+
+@torch.no_grad()
+def test_the_few_beams_that_go_on_attend_to_their_own_histories() -> None:
+    """Twenty users of all lengths and few beams: every fourth first digit is shared, by two items."""
+    codes = np.array([[1 + i, 31, 33] for i in range(30)] + [[1 + i, 32, 33] for i in range(0, 30, 4)])
+    table = SidTable(codes, 34)
+    torch.manual_seed(1)
+    model = t5(table.vocab, layers=2, d_model=16, heads=2, d_kv=8, d_ff=32, dropout=0.0).eval()
+    for parameter in model.parameters():
+        parameter.data += 0.3 * torch.randn_like(parameter)
+    loss, batcher = SidLoss(table, "catalogue"), SidBatcher(table, 20)
+    histories = [np.random.default_rng(n).integers(0, 38, 1 + n) for n in range(20)]
+    weights = T5Weights(model, TitleTrie(sid_titles(table), "catalogue"))
+    for beams in (1, 2, 3, 5):
+        found, scores, _ = rank_sids(weights, batcher.encoder_inputs(histories), beams)
+        for history, items, own in zip(histories, found, scores, strict=True):
+            alone = batcher.encoder_inputs([history])
+            each = [-loss(model, alone | {"labels": batcher.labels([item])}).item() for item in items]
+            assert own == pytest.approx(each, abs=2e-4)
