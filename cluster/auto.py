@@ -14,7 +14,7 @@ from cluster.study import Loaded
 from gr.errors import UserError
 from gr.llm.backbone import fresh_backbone
 from gr.llm.lora import per_rank
-from gr.llm.sequences import TOKENS_AT_ONCE
+from gr.llm.sequences import ON_GPU
 from gr.sid.decoder_only import decoder_only
 from gr.sid.recommender import t5
 from jobs.llm_config import Tuning
@@ -49,7 +49,7 @@ def _sid(sid: Sid | None, rung: SidRung) -> Work:
         model = (decoder_only if alone else t5)(vocab, **sizes, dropout=0.0, **tables_of(sid.train))
     row = activation_bytes(rung.layers * (1 if alone else 2), rung.d_model, rung.heads, tokens, vocab)
     rows = sid.train.optimizer.global_batch
-    return _work(model, None, row, rows, TOKENS_AT_ONCE // tokens if alone else rows, tokens)
+    return _work(model, None, row, rows, ON_GPU.tokens // tokens if alone else rows, tokens)
 
 
 def _llm(llm: Llm | None, rung: LlmRung) -> Work:
@@ -62,11 +62,11 @@ def _llm(llm: Llm | None, rung: LlmRung) -> Work:
         with torch.device("meta"):
             model = fresh_backbone(llm.pretrain.vocab, **sizes)
         row = activation_bytes(rung.layers, rung.d_model, rung.heads, tokens, llm.pretrain.vocab)
-        return _work(model, None, row, rows, TOKENS_AT_ONCE // tokens, tokens)
+        return _work(model, None, row, rows, ON_GPU.tokens // tokens, tokens)
     model = _outside(rung.model)
     text = model.config.get_text_config()
     row = activation_bytes(text.num_hidden_layers, text.hidden_size, text.num_attention_heads, tokens, text.vocab_size)
-    return _work(model, llm.train, row, rows, TOKENS_AT_ONCE // tokens, tokens)
+    return _work(model, llm.train, row, rows, ON_GPU.tokens // tokens, tokens)
 
 
 def _outside(name: str) -> Any:

@@ -14,7 +14,7 @@ class Trie:
 
     ``first_edge``: (nodes+1,) int64; ``edge_token``, ``edge_node``: (edges,) int64; ``leaf``: (nodes,) int64, the number of the
     sequence that ends there, or -1. ``span[d]``: the least token that a node at depth d is continued by, and one more than
-    the greatest.
+    the greatest; ``widest[d]``: the most children that one has.
     """
 
     first_edge: Tensor
@@ -22,6 +22,7 @@ class Trie:
     edge_node: Tensor
     leaf: Tensor
     span: tuple[tuple[int, int], ...]
+    widest: tuple[int, ...]
 
     @property
     def depth(self) -> int:
@@ -34,6 +35,7 @@ class Trie:
         order = sorted(range(len(sequences)), key=lambda i: tuple(sequences[i]))
         parent, token, leaf = [-1], [-1], [-1]
         spans: list[tuple[int, int]] = []
+        widest: list[int] = []
         path: list[int] = []  # nodes from the root's child down to the last sequence's end
         previous: tuple[int, ...] = ()
         for i in order:
@@ -64,6 +66,7 @@ class Trie:
                 break
             edges = np.concatenate([np.arange(first[n], first[n + 1]) for n in level])
             spans.append((int(tokens[edges].min()), int(tokens[edges].max()) + 1))
+            widest.append(int(counts.max()))
             level = edge_node[edges]
         return cls(
             torch.from_numpy(first.astype(np.int64)),
@@ -71,20 +74,23 @@ class Trie:
             torch.from_numpy(edge_node.astype(np.int64)),
             torch.tensor(leaf, dtype=torch.int64),
             tuple(spans),
+            tuple(widest),
         )
 
-    def edges(self, node: Tensor) -> tuple[Tensor, Tensor]:
-        """The edges below nodes (...): their (..., n) numbers, and whether there is one; n is the most of any of them, or 1."""
+    def edges(self, node: Tensor, most: int | None = None) -> tuple[Tensor, Tensor]:
+        """The edges below nodes (...): their (..., n) numbers, and whether there is one; n is the most of any of them, or 1, if
+        ``most`` does not say it, which spares a GPU the wait for that number."""
         first, end = self.first_edge[node], self.first_edge[node + 1]
-        edge = first[..., None] + torch.arange(max(1, int((end - first).max())), device=node.device)
+        most = max(1, int((end - first).max())) if most is None else most
+        edge = first[..., None] + torch.arange(most, device=node.device)
         exists = edge < end[..., None]
         return edge.clamp_(max=len(self.edge_token) - 1), exists
 
-    def children(self, node: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def children(self, node: Tensor, most: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """The same as (..., n) tokens, child nodes, and whether there is one."""
-        edge, exists = self.edges(node)
+        edge, exists = self.edges(node, most)
         return self.edge_token[edge], self.edge_node[edge], exists
 
     def to(self, device: torch.device | str) -> "Trie":
         first, token, node, leaf = (t.to(device) for t in (self.first_edge, self.edge_token, self.edge_node, self.leaf))
-        return Trie(first, token, node, leaf, self.span)
+        return Trie(first, token, node, leaf, self.span, self.widest)

@@ -66,7 +66,7 @@ def without_defaults(config: Config, dumped: dict[str, Any], later: tuple[str, .
 
 
 class Optimizer(Config):
-    """AdamW, linear warm-up, decay to a tenth of ``lr``; the weights kept are those with the least validation loss."""
+    """AdamW, linear warm-up, decay to a tenth of ``lr``."""
 
     steps: Positive
     global_batch: Annotated[int, Field(gt=0, multiple_of=STREAMS)] = 256
@@ -85,10 +85,18 @@ class Optimizer(Config):
     stable, decay; Hu et al. 2024, arXiv 2404.06395, section 4)."""
     patience: Positive | None = None
     """End the run after this many validations in a row without a new least loss. The schedule stays that of all steps."""
+    keep: Literal["best", "last"] = "best"
+    """The weights that are kept: those with the least validation loss, or those of the last step (docs/tuning.md)."""
+
+    @model_validator(mode="after")
+    def _patience_keeps_the_best(self) -> "Optimizer":
+        if self.patience is not None and self.keep == "last":
+            raise ValueError("patience ends a run where its best weights lie behind it; keep: last has no use for it")
+        return self
 
     @model_serializer(mode="wrap")
     def _as_before(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return without_defaults(self, dump(self), ("schedule", "patience"))
+        return without_defaults(self, dump(self), ("schedule", "patience", "keep"))
 
 
 class TransformerSize(Config):
@@ -110,6 +118,7 @@ class Launch(Config):
     ``processes`` > 1: `accelerate launch`, one process per device (gloo on CPU). ``zero``: stage of ZeRO (arXiv 1910.02054), by
     DeepSpeed: 1 shares Adam's moments among the processes, 2 the gradients too, 3 the weights too; 0: plain data parallelism.
     ``offload`` "cpu": what ZeRO shares lies in main memory. ``accumulation``: micro-batches are this many times smaller.
+    ``graphs``: a GPU's steps are recorded as CUDA graphs (`jobs.graphs`), of a T5-style SID recommender by one process.
     """
 
     processes: Processes = 1
@@ -118,6 +127,13 @@ class Launch(Config):
     zero: Literal[0, 1, 2, 3] = 0
     offload: Literal["none", "cpu"] = "none"
     accumulation: Positive = 1
+    graphs: bool = False
+
+    @model_validator(mode="after")
+    def _graphs_of_one(self) -> "Launch":
+        if self.graphs and (self.processes > 1 or self.zero):
+            raise ValueError("graphs are of one process without zero: what several exchange can't be recorded")
+        return self
 
     @model_validator(mode="after")
     def _offload_needs_zero(self) -> "Launch":

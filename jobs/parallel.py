@@ -10,9 +10,12 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from jobs.graphs import Graphs
+
 Tensors = dict[str, Tensor]
 Loss = Callable[[nn.Module, Tensors], Tensor]
 """(model, inputs) -> the *sum* of the loss over a micro-batch's targets."""
+SCALE = "scale"  # among the inputs of a recorded pass
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """Adam's, as torch names them."""
 
@@ -55,12 +58,19 @@ class Replicated:
 
     even = False
 
-    def __init__(self, accelerator: Accelerator, model: nn.Module, adam: torch.optim.Optimizer) -> None:
+    def __init__(self, accelerator: Accelerator, model: nn.Module, adam: torch.optim.Optimizer, graphs: bool = False) -> None:
+        """``graphs``: a step is recorded as CUDA graphs; for one process, and a capturable ``adam`` whose rate is a tensor."""
         self._accelerator = accelerator
         self._wrapped, self._adam = accelerator.prepare(model, adam)
         self.runnable: nn.Module = accelerator.unwrap_model(self._wrapped)
+        self._graphs = graphs
+        self._passes: Graphs | None = None
+        self._updates: Graphs | None = None
 
     def accumulate(self, loss: Loss, inputs: Tensors, scale: float, last: bool) -> Tensor:
+        if self._graphs:
+            self._passes = self._passes or Graphs(lambda own: self._pass(loss, own))
+            return self._passes(inputs | {SCALE: torch.tensor(scale, device=self._accelerator.device)})
         if last:
             summed = loss(self._wrapped, inputs)
             self._accelerator.backward(summed * scale)
@@ -70,12 +80,29 @@ class Replicated:
                 self._accelerator.backward(summed * scale)
         return summed.detach()
 
+    def _pass(self, loss: Loss, inputs: Tensors) -> Tensor:
+        summed = loss(self._wrapped, {name: value for name, value in inputs.items() if name != SCALE})
+        self._accelerator.backward(summed * inputs[SCALE])
+        return summed.detach()
+
     def update(self, lr: float, clip: float) -> None:
+        if self._graphs:
+            self._updates = self._updates or Graphs(lambda own: self._update(own["lr"], clip))
+            self._updates({"lr": torch.tensor(lr, device=self._accelerator.device)})
+            return
         for group in self._adam.param_groups:
             group["lr"] = lr
         self._accelerator.clip_grad_norm_(self._wrapped.parameters(), clip)
         self._adam.step()
         self._adam.zero_grad()
+
+    def _update(self, lr: Tensor, clip: float) -> Tensor:
+        for group in self._adam.param_groups:
+            group["lr"].copy_(lr)
+        norm: Tensor = self._accelerator.clip_grad_norm_(self._wrapped.parameters(), clip)
+        self._adam.step()
+        self._adam.zero_grad(set_to_none=False)  # a graph adds to gradients where they were when it was recorded
+        return norm
 
     def weights(self) -> Tensors:
         if not self._accelerator.is_main_process:
@@ -94,9 +121,10 @@ class Replicated:
         }
 
     def restore(self, moments: Tensors, step: int) -> None:
+        fused = self._adam.param_groups[0]["fused"]
         for name, p in trained(self.runnable).items():
             if f"{MOMENTS[0]}/{name}" in moments:
-                self._adam.state[p] = {"step": torch.tensor(float(step))}
+                self._adam.state[p] = {"step": torch.tensor(float(step), device=p.device if fused else "cpu")}
                 self._adam.state[p] |= {key: moments[f"{key}/{name}"].to(p.device) for key in MOMENTS}
 
     def finish(self, best: Tensors) -> None:

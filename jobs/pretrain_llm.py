@@ -6,7 +6,7 @@ import torch
 from gr.data.split import STREAMS, Split
 from gr.llm.backbone import NextTitle, checkpoint_activations, count, fresh_backbone, train_flops
 from gr.llm.documents import Walks
-from gr.llm.sequences import Batch, Packed, micro_batches, pack
+from gr.llm.sequences import Batch, Packed, at_once, micro_batches, pack
 from gr.llm.titles import Titles, TitleTrie, title_texts
 from gr.llm.tokenizer import frame_of
 from gr.text import train_tokenizer
@@ -33,6 +33,7 @@ def body(context: Context[PretrainLlmConfig]) -> None:
     model = NextTitle(lm, trie.trie if config.normalize == "catalogue" else None)
     counts = count(model.lm)
     walks = Walks(items)
+    limit = at_once(accelerator.device)
     documents, length = shape(optimizer.global_batch, config.max_tokens, float(titles.lengths.mean()))
 
     def sample(purpose: int, step: int) -> list[Packed]:
@@ -47,11 +48,11 @@ def body(context: Context[PretrainLlmConfig]) -> None:
         mine = sample(TRAINING, step)[accelerator.process_index :: accelerator.num_processes]
         return [
             Micro(b.inputs, b.target_tokens, b.tokens, train_flops(counts, b.tokens, len(b.targets), b.pairs))
-            for b in micro_batches(mine, titles.frame.pad, trie, len(tokenizer), accumulation)
+            for b in micro_batches(mine, titles.frame.pad, trie, len(tokenizer), accumulation, limit)
         ]
 
     held_out = [p for i in range(VALIDATION_BATCHES) for p in sample(VALIDATION, i)]
-    validation = micro_batches(held_out, titles.frame.pad, trie, len(tokenizer))
+    validation = micro_batches(held_out, titles.frame.pad, trie, len(tokenizer), limit=limit)
     context.facts.update(
         n_llm=counts.total,
         n_non_embedding=counts.blocks,

@@ -195,7 +195,8 @@ def _read_context(stage: str, path: Path) -> Context[Any]:
         raise UserError(f"{path}: stage is {run.stage!r}; this is jobs.{stage}")
     if run.launch.processes > 1 and stage not in PARALLEL:
         raise UserError(f"{path}: launch.processes is {run.launch.processes}; stage {stage} is done by one process")
-    for key, value in (("zero", run.launch.zero), ("accumulation", run.launch.accumulation - 1)):
+    given = (("zero", run.launch.zero), ("accumulation", run.launch.accumulation - 1), ("graphs", run.launch.graphs))
+    for key, value in given:
         if value and stage not in DIVISIBLE:
             raise UserError(f"{path}: launch.{key} is {getattr(run.launch, key)}; only {', '.join(sorted(DIVISIBLE))} have it")
     _check_processes(run, path)

@@ -13,7 +13,7 @@ from gr.count import count_parameters
 from gr.data.split import Split
 from gr.data.stream import TrainStream, Unit
 from gr.llm.backbone import NextTitle, count, train_flops
-from gr.llm.sequences import Batch, micro_batches
+from gr.llm.sequences import Batch, at_once, micro_batches
 from gr.llm.titles import TitleTrie
 from gr.sid.decoder_only import SidSequences, decoder_only
 from gr.sid.inputs import Reads
@@ -24,7 +24,10 @@ from jobs.sid_config import SidTraining, TrainSidConfig
 from jobs.trainer import Batches, Micro
 
 VALIDATION_USERS = 1024
-LENGTH_GROUPS = 4  # micro-batches of similar length: most histories are short, padding to the longest would waste half the work
+LENGTH_GROUPS = 4
+"""On a CPU, micro-batches of similar length: most histories are short, padding to the longest would waste half the work."""
+WIDTHS_ON_GPU = 16
+"""There, histories are padded to a multiple of so many tokens: few shapes, for each of which libraries choose their kernels."""
 WHOLE = 10**6  # items: the stream is to cut no history, `training_sequences` cuts it into windows
 UNITS: dict[str, Unit] = {"last": "last", "prefixes": "targets", "subsequences": "subsequences"}
 """Rows -> units of the stream, where each row has one target."""
@@ -41,6 +44,7 @@ class Recipe:
     loss: Callable[[nn.Module, dict[str, Tensor]], Tensor]
     validate: Callable[[nn.Module], float]
     facts: dict[str, Any]
+    recordable: bool = False
 
 
 def recipe(config: TrainSidConfig, accelerator: Accelerator, split: Split, sids: SidTable) -> Recipe:
@@ -81,6 +85,7 @@ def _encoder_decoder(config: TrainSidConfig, accelerator: Accelerator, split: Sp
     batcher, digits = SidBatcher(sids, config.max_history, reads_of(config)), sids.tokens.shape[1]
     loss, grouped = SidLoss(sids, config.normalize), GroupedT5(model)
     stream = _stream(config, accelerator, split, UNITS[config.rows], config.max_history)
+    on_gpu = accelerator.device.type != "cpu"
 
     def batches(step: int, accumulation: int) -> list[Micro]:
         examples = sorted(stream.batch(step), key=lambda e: len(e.history))
@@ -93,6 +98,8 @@ def _encoder_decoder(config: TrainSidConfig, accelerator: Accelerator, split: Sp
             inputs["labels"] = batcher.labels([e.target for e in group])
             lengths = inputs["attention_mask"].sum(1).numpy()
             flops = 3 * t5_flops(model.config, lengths, digits)  # the gradients of inputs and of weights cost as much again, each
+            if on_gpu:
+                inputs |= {name: to_multiple(inputs[name], WIDTHS_ON_GPU) for name in ("input_ids", "attention_mask")}
             micros.append(Micro(inputs, len(group), int(lengths.sum()) + len(group) * digits, flops))
         return micros
 
@@ -107,7 +114,13 @@ def _encoder_decoder(config: TrainSidConfig, accelerator: Accelerator, split: Sp
             total += loss(module, {k: v.to(accelerator.device) for k, v in inputs.items()}).item()
         return total / len(validation)
 
-    return Recipe(grouped, model, batches, loss, validate, {"digits": digits, "units_per_epoch": stream.units})
+    facts = {"digits": digits, "units_per_epoch": stream.units}
+    return Recipe(grouped, model, batches, loss, validate, facts, recordable=True)
+
+
+def to_multiple(tokens: Tensor, of: int) -> Tensor:
+    """(rows, n) -> (rows, next multiple), zeros on the right."""
+    return nn.functional.pad(tokens, (0, -tokens.shape[1] % of))
 
 
 def _decoder_only(config: TrainSidConfig, accelerator: Accelerator, split: Split, sids: SidTable) -> Recipe:
@@ -117,20 +130,21 @@ def _decoder_only(config: TrainSidConfig, accelerator: Accelerator, split: Split
     trie, counts = TitleTrie(sequences.titles, config.normalize), count(lm)
     model = NextTitle(lm, trie.trie if config.normalize == "catalogue" else None)
     stream = _stream(config, accelerator, split, "users", WHOLE)
+    limit, cuts = at_once(accelerator.device), LENGTH_GROUPS if accelerator.device.type == "cpu" else 1
 
     def batches(step: int, accumulation: int) -> list[Micro]:
         packed = [p for e in stream.batch(step) for p in sequences.training(e.user, e.history, config.rows == "last")]
         packed.sort(key=lambda p: len(p.tokens))
-        groups = [packed[rows[0] : rows[-1] + 1] for rows in np.array_split(np.arange(len(packed)), LENGTH_GROUPS) if len(rows)]
+        groups = [packed[rows[0] : rows[-1] + 1] for rows in np.array_split(np.arange(len(packed)), cuts) if len(rows)]
         return [
             Micro(b.inputs, b.target_tokens / digits, b.tokens, train_flops(counts, b.tokens, len(b.targets), b.pairs))
             for group in groups
-            for b in micro_batches(group, 0, trie, sids.vocab, accumulation)
+            for b in micro_batches(group, 0, trie, sids.vocab, accumulation, limit)
         ]
 
     users = list(split.evaluation_users("val", limit=VALIDATION_USERS))
     held_out = [sequences.target(u.user, u.history, u.target) for u in users]
-    validation: list[Batch] = micro_batches(held_out, 0, trie, sids.vocab)
+    validation: list[Batch] = micro_batches(held_out, 0, trie, sids.vocab, limit=limit)
 
     def validate(module: nn.Module) -> float:
         return sum(float(module(**{k: v.to(accelerator.device) for k, v in b.inputs.items()})) for b in validation) / len(users)

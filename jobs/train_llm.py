@@ -10,7 +10,7 @@ from gr.data.split import Split
 from gr.data.stream import TrainStream
 from gr.errors import UserError
 from gr.llm.backbone import NextTitle, attend_by, checkpoint_activations, count, load_backbone
-from gr.llm.sequences import check_fits, micro_batches, target_sequence, training_sequences
+from gr.llm.sequences import at_once, check_fits, micro_batches, target_sequence, training_sequences
 from gr.llm.shown import grow
 from gr.llm.titles import TitleTrie
 from gr.llm.tuning import made_trainable, randomised, save_trained, trained_facts, tuning_flops
@@ -63,19 +63,19 @@ def body(context: Context[TrainLlmConfig]) -> None:
         world=accelerator.num_processes,
         max_history=WHOLE,
     )
-    pad, vocab = titles.frame.pad, backbone.get_output_embeddings().weight.shape[0]
+    pad, vocab, limit = titles.frame.pad, backbone.get_output_embeddings().weight.shape[0], at_once(accelerator.device)
 
     def batches(step: int, accumulation: int) -> list[Micro]:
         histories = [e.history for e in stream.batch(step)]
         packed = training_sequences(titles, histories, config.max_history, config.max_tokens, shown)
         return [
             Micro(b.inputs, b.target_tokens, b.tokens, flops(b.tokens, len(b.targets), b.pairs))
-            for b in micro_batches(packed, pad, trie, vocab, accumulation)
+            for b in micro_batches(packed, pad, trie, vocab, accumulation, limit)
         ]
 
     users = split.evaluation_users("val", limit=VALIDATION_USERS)
     held_out = [target_sequence(titles, u.history, u.target, config.max_history, config.max_tokens, shown) for u in users]
-    validation = micro_batches(held_out, pad, trie, vocab)
+    validation = micro_batches(held_out, pad, trie, vocab, limit=limit)
     context.facts.update(
         n_llm=counts.total,
         n_non_embedding=counts.blocks,

@@ -15,7 +15,9 @@ def body(context: Context[TrainSidConfig]) -> None:
     sids = SidTable.read(context.input_file("sids", "sids.parquet"))
     made = recipe(config, accelerator, split, sids)
     context.facts.update(made.facts)
-    train(context, accelerator, made.model, config.optimizer, config.seed, made.batches, made.loss, made.validate)
+    train(
+        context, accelerator, made.model, config.optimizer, config.seed, made.batches, made.loss, made.validate, made.recordable
+    )
     if context.is_main:
         made.recommender.save_pretrained(context.out)
 

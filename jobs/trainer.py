@@ -15,6 +15,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from gr.errors import UserError
 from jobs.checkpoint import Checkpoints
 from jobs.devices import accelerator_for as accelerator_for
 from jobs.options import Optimizer
@@ -89,14 +90,16 @@ def train(
     batches: Batches,
     loss: Loss,
     validate: Callable[[nn.Module], float],
+    recordable: bool = False,
 ) -> M:
     """Trains ``model`` and returns it with the weights of its least validation loss (on the first process; others may hold none).
 
-    ``validate(model)``: mean validation loss, over the same data on every process. What was measured goes into ``context.facts``.
+    ``validate(model)``: mean validation loss, over the same data on every process. ``recordable``: ``loss`` reads nothing back
+    from a GPU and its inputs have few shapes, as `launch.graphs` needs it. What was measured goes into ``context.facts``.
     Raises RunFailed when a loss is NaN or infinite. Does not return where memory runs out: the process starts again with smaller
     micro-batches (`jobs.smaller`); nor when SIGTERM or SIGUSR1 reached any process: all save after the step and exit with 143.
     """
-    trainer = _Trainer(context, accelerator, model, optimizer, seed, batches, loss, validate)
+    trainer = _Trainer(context, accelerator, model, optimizer, seed, batches, loss, validate, recordable)
     try:
         trainer.run()
     except (RuntimeError, MemoryError) as error:
@@ -125,11 +128,14 @@ class _Trainer:
         batches: Batches,
         loss: Loss,
         validate: Callable[[nn.Module], float],
+        recordable: bool,
     ) -> None:
         self.context, self.accelerator, self.optimizer, self.seed = context, accelerator, optimizer, seed
         self.model, self.batches, self.loss, self.validate = model, batches, loss, validate
         self.accumulation = accumulation(context)
+        self.graphs = _graphs(context, accelerator, recordable)
         self.progress, self.best = Progress(), Tensors()
+        self.ahead: tuple[int, list[Micro]] = -1, []  # the micro-batches of a step to come
         self.stop = StopRequest()
         self.checkpoints = Checkpoints(context, accelerator)
         every = range(1, optimizer.validations + 1)
@@ -180,13 +186,8 @@ class _Trainer:
         if checkpoint:
             self.model.load_state_dict(checkpoint.weights(), strict=False)  # before they are shared out
             self.progress, self.best = Progress(**checkpoint.progress), checkpoint.best()
-        adam = torch.optim.AdamW(
-            [p for p in self.model.parameters() if p.requires_grad],
-            lr=self.optimizer.lr,
-            weight_decay=self.optimizer.weight_decay,
-            betas=(0.9, 0.98),
-        )
-        self.parallel = _share_out(self.context, self.accelerator, self.model, adam)
+        adam = adam_of(self.model, self.optimizer, self.accelerator.device, self.context.run.launch.zero == 0, self.graphs)
+        self.parallel = _share_out(self.context, self.accelerator, self.model, adam, self.graphs)
         start = checkpoint.step if checkpoint else 0
         self.progress.steps = start
         if checkpoint:
@@ -203,7 +204,7 @@ class _Trainer:
         whether one of them was asked to stop."""
         accelerator, progress = self.accelerator, self.progress
         torch.manual_seed(hash((self.seed, step, accelerator.process_index)) % 2**63)
-        micros = self.batches(step, self.accumulation)
+        micros = self._micros(step)
         progress.micro_batch = max([progress.micro_batch, *(m.rows for m in micros)])
         sums = [sum(m.weight for m in micros), sum(m.tokens for m in micros), sum(m.flops for m in micros)]
         ahead = accelerator.gather(self._numbers([*sums, len(micros), self.checkpoints.due(), self.stop.asked])[None])
@@ -220,16 +221,22 @@ class _Trainer:
         self.parallel.update(learning_rate(self.optimizer, step), self.optimizer.clip)
         progress.tokens += int(tokens)
         progress.flops += flops
+        if step + 1 < self.optimizer.steps:
+            self.ahead = step + 1, self.batches(step + 1, self.accumulation)  # while a GPU still works at this step
         mean = (accelerator.reduce(total, "sum") / weight).item()
         if not math.isfinite(mean):
             raise RunFailed(f"loss is {mean} at step {step + 1} of {self.optimizer.steps}")
         return mean, bool(ahead[0, 4]), bool(ahead[:, 5].any())
 
+    def _micros(self, step: int) -> list[Micro]:
+        made, micros = self.ahead
+        return micros if made == step else self.batches(step, self.accumulation)
+
     def _numbers(self, values: list[float]) -> Tensor:
         return torch.tensor(values, dtype=torch.float64, device=self.accelerator.device)
 
     def _validate(self, step: int) -> float:
-        """Measures the validation loss, and keeps the weights if it is the least so far."""
+        """Measures the validation loss, and keeps the weights if it is the least so far, or if the last are asked for."""
         self.model.eval()
         with torch.no_grad(), self.accelerator.autocast():
             own = self.validate(self.parallel.runnable)
@@ -237,7 +244,7 @@ class _Trainer:
         if not math.isfinite(value):
             raise RunFailed(f"validation loss is {value} at step {step}")
         self.progress.validations.append([step, value])
-        if self.progress.best_loss is None or value < self.progress.best_loss:
+        if self.progress.best_loss is None or value < self.progress.best_loss or self.optimizer.keep == "last":
             self.progress.best_loss, self.progress.best_step = value, step
             self.best = self.parallel.weights()
         return value
@@ -248,9 +255,32 @@ class _Trainer:
         self.progress.checkpoint_seconds += seconds
 
 
-def _share_out(context: Context[Any], accelerator: Accelerator, model: nn.Module, adam: torch.optim.Optimizer) -> Parallel:
+def _graphs(context: Context[Any], accelerator: Accelerator, recordable: bool) -> bool:
+    """Whether steps are to be recorded; UserError where they can't be."""
+    if context.run.launch.graphs and not recordable:
+        raise UserError(f"run.yaml: launch.graphs: {context.run.stage} of this kind can't be recorded; leave it out")
+    if context.run.launch.graphs and accelerator.device.type != "cuda":
+        raise UserError("run.yaml: launch.graphs needs a CUDA device, and this machine has none; leave it out")
+    return context.run.launch.graphs
+
+
+def adam_of(model: nn.Module, optimizer: Optimizer, device: torch.device, fused: bool, graphs: bool) -> torch.optim.AdamW:
+    """AdamW; on a GPU ``fused``, all weights in a few kernels, and for ``graphs`` with its rate where a graph reads it."""
+    return torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad],
+        lr=torch.tensor(optimizer.lr, device=device) if graphs else optimizer.lr,
+        weight_decay=optimizer.weight_decay,
+        betas=(0.9, 0.98),
+        fused=fused and device.type == "cuda",
+        capturable=graphs,
+    )
+
+
+def _share_out(
+    context: Context[Any], accelerator: Accelerator, model: nn.Module, adam: torch.optim.Optimizer, graphs: bool
+) -> Parallel:
     if context.run.launch.zero == 0:
-        return Replicated(accelerator, model, adam)
+        return Replicated(accelerator, model, adam, graphs)
     from jobs.zero import Sharded  # imports DeepSpeed
 
     return Sharded(accelerator, model, adam, context.run.launch)

@@ -22,8 +22,22 @@ from gr.llm.titles import Titles, TitleTrie, token_places
 
 Ints = NDArray[np.int64]
 Items = NDArray[np.integer]
-TOKENS_AT_ONCE = 4096  # padded tokens in one micro-batch: more gains nothing, and pads more
-LOGITS_AT_ONCE = 2**26  # elements of (predicted tokens x vocabulary) in one micro-batch: a quarter GB in fp32
+
+
+@dataclass(frozen=True)
+class AtOnce:
+    """The most of one micro-batch: padded ``tokens``, and elements of ``logits``, (predicted tokens x vocabulary)."""
+
+    tokens: int
+    logits: int
+
+
+ON_CPU = AtOnce(2**12, 2**26)  # more gains nothing, and pads more
+ON_GPU = AtOnce(2**15, 2**29)  # fewer leave the device waiting for its kernels to be started; the logits are 2 GB in fp32
+
+
+def at_once(device: torch.device) -> AtOnce:
+    return ON_CPU if device.type == "cpu" else ON_GPU
 
 
 def windows(lengths: Ints, max_history: int, max_tokens: int) -> list[tuple[int, int]]:
@@ -170,10 +184,11 @@ def batch(packed: Sequence[Packed], pad: int, trie: TitleTrie) -> Batch:
     )
 
 
-def micro_batches(packed: Sequence[Packed], pad: int, trie: TitleTrie, vocab: int, accumulate: int = 1) -> list[Batch]:
-    """Sequences of like length together, in batches of at most `TOKENS_AT_ONCE` padded tokens and `LOGITS_AT_ONCE` logits (both
-    divided by ``accumulate``), or one sequence."""
-    most = min(TOKENS_AT_ONCE, LOGITS_AT_ONCE // vocab) // accumulate
+def micro_batches(
+    packed: Sequence[Packed], pad: int, trie: TitleTrie, vocab: int, accumulate: int = 1, limit: AtOnce = ON_CPU
+) -> list[Batch]:
+    """Sequences of like length together, in batches of at most ``limit`` (divided by ``accumulate``), or one sequence."""
+    most = min(limit.tokens, limit.logits // vocab) // accumulate
     groups: list[list[Packed]] = []
     for p in sorted(packed, key=lambda p: len(p.tokens), reverse=True):
         # The first of a group is its longest; the token that it predicts last counts too.

@@ -124,11 +124,11 @@ class SidLoss:
         node = torch.zeros(len(labels), dtype=torch.int64, device=labels.device)
         loss = torch.zeros((), dtype=torch.float64, device=labels.device)
         for digit in range(labels.shape[1]):
-            token, child, exists = self.trie.children(node)
+            token, child, exists = self.trie.children(node, None if node.device.type == "cpu" else self.trie.widest[digit])
             scores = logits[:, digit].gather(1, token).masked_fill(~exists, float("-inf"))
-            chosen = (token == labels[:, digit, None]) & exists
-            loss = loss + (scores.logsumexp(1) - scores[chosen]).double().sum()
-            node = child[chosen]
+            chosen = ((token == labels[:, digit, None]) & exists).to(torch.int8).argmax(dim=1, keepdim=True)
+            loss = loss + (scores.logsumexp(1) - scores.gather(1, chosen)[:, 0]).double().sum()
+            node = child.gather(1, chosen)[:, 0]
         return loss
 
 

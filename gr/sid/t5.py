@@ -7,15 +7,17 @@ goes group by group, each padded to its own longest. transformers' T5 gives the 
 
 import itertools
 from dataclasses import dataclass
+from types import MethodType
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn.functional import relu
+from torch.nn.functional import relu, rms_norm, scaled_dot_product_attention
 from transformers import T5ForConditionalGeneration
 from transformers.modeling_outputs import Seq2SeqLMOutput
+from transformers.models.t5.modeling_t5 import T5LayerNorm
 
 from gr.dropout import dropout
 
@@ -45,9 +47,16 @@ class Layout:
     order: Tensor
     index: Tensor
 
+    @property
+    def sizes(self) -> list[int]:
+        """Rows of each group."""
+        return [len(g) * g.longest for g in self.groups]
+
     @classmethod
     def of(cls, attention_mask: Tensor, dtype: torch.dtype) -> "Layout":
         """``attention_mask``: (users, tokens), 0 at padding, which stands on the right."""
+        if attention_mask.device.type != "cpu":
+            return cls._whole(attention_mask, dtype)
         users, width = attention_mask.shape
         counts = attention_mask.sum(dim=1).clamp(min=1).cpu().numpy()
         order = np.argsort(counts, kind="stable")
@@ -61,11 +70,21 @@ class Layout:
                 padding = np.arange(longest) >= lengths[start:end, None]
                 hidden = torch.zeros(len(some), 1, 1, longest, dtype=dtype)
                 hidden.masked_fill_(torch.from_numpy(padding)[:, None, None], torch.finfo(dtype).min)
-                hidden = hidden.to(attention_mask.device)
             groups.append(Group(slice(start, end), slice(row, row + len(some) * longest), longest, hidden))
             row += len(some) * longest
-        both = (torch.from_numpy(x).to(attention_mask.device) for x in (order, np.concatenate(index)))
-        return cls(tuple(groups), *both)
+        return cls(tuple(groups), torch.from_numpy(order), torch.from_numpy(np.concatenate(index)))
+
+    @classmethod
+    def _whole(cls, attention_mask: Tensor, dtype: torch.dtype) -> "Layout":
+        """One group of all users, in their order: starting a group's kernels takes a GPU longer than its padding does, and it
+        need not tell the lengths."""
+        users, width = attention_mask.shape
+        padding = attention_mask == 0
+        padding[:, 0] = False  # an empty history is one of padding
+        hidden = torch.zeros(users, 1, 1, width, dtype=dtype, device=attention_mask.device)
+        hidden = hidden.masked_fill(padding[:, None, None], torch.finfo(dtype).min)
+        order, index = (torch.arange(n, device=attention_mask.device) for n in (users, users * width))
+        return cls((Group(slice(0, users), slice(0, users * width), width, hidden),), order, index)
 
 
 def _cuts(lengths: NDArray[np.int64], least: int) -> list[int]:
@@ -92,6 +111,7 @@ def encode(encoder: Any, embedded: Tensor, layout: Layout) -> Tensor:
     share, training, heads = encoder.config.dropout_rate, encoder.training, encoder.config.num_heads
     bias = position_bias(encoder, max(g.longest for g in layout.groups))
     biases = [_biased(bias[..., : g.longest, : g.longest], g.hidden) for g in layout.groups]
+    sizes = layout.sizes
     x = dropout(embedded, share, training)
     for block in encoder.block:
         own, feed_forward = block.layer[0], block.layer[1]
@@ -99,8 +119,8 @@ def encode(encoder: Any, embedded: Tensor, layout: Layout) -> Tensor:
         normed = own.layer_norm(x)
         q, k, v = attention.q(normed), attention.k(normed), attention.v(normed)
         parts = []
-        for group, b in zip(layout.groups, biases, strict=True):
-            gq, gk, gv = (heads_of(y[group.rows], len(group), heads) for y in (q, k, v))
+        for group, b, *rows in zip(layout.groups, biases, *(y.split_with_sizes(sizes) for y in (q, k, v)), strict=True):
+            gq, gk, gv = (heads_of(y, len(group), heads) for y in rows)
             parts.append(rows_of(_attend(gq, gk, gv, b, share, training)))
         x = x + dropout(attention.o(torch.cat(parts)), share, training)
         x = x + dropout(_feed_forward(feed_forward, x, share, training), share, training)
@@ -118,6 +138,8 @@ def position_bias(stack: Any, longest: int) -> Tensor:
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, share: float, training: bool) -> Tensor:
+    if q.device.type != "cpu":  # in one kernel; on a CPU that takes longer for sequences this short
+        return scaled_dot_product_attention(q, k, v, bias, dropout_p=share if training else 0.0, scale=1.0)
     return dropout(_biased(q @ k.transpose(2, 3), bias).softmax(dim=-1), share, training) @ v
 
 
@@ -133,6 +155,7 @@ def decode(decoder: Any, embedded: Tensor, encoded: Tensor, layout: Layout) -> T
     share, training, heads = decoder.config.dropout_rate, decoder.training, decoder.config.num_heads
     causal = torch.full((n, n), torch.finfo(embedded.dtype).min, dtype=embedded.dtype, device=embedded.device).triu(1)
     bias = position_bias(decoder, n) + causal
+    sizes, targets = layout.sizes, [len(g) * n for g in layout.groups]
     x = dropout(embedded.reshape(users * n, width), share, training)
     for block in decoder.block:
         own, across, feed_forward = block.layer
@@ -143,13 +166,21 @@ def decode(decoder: Any, embedded: Tensor, encoded: Tensor, layout: Layout) -> T
         attention = across.EncDecAttention
         q, k, v = attention.q(across.layer_norm(x)), attention.k(encoded), attention.v(encoded)
         parts = []
-        for group in layout.groups:
-            gq = heads_of(q[group.users.start * n : group.users.stop * n], len(group), heads)
-            gk, gv = (heads_of(y[group.rows], len(group), heads) for y in (k, v))
+        own_rows = (y.split_with_sizes(of) for y, of in ((q, targets), (k, sizes), (v, sizes)))
+        for group, *rows in zip(layout.groups, *own_rows, strict=True):
+            gq, gk, gv = (heads_of(y, len(group), heads) for y in rows)
             parts.append(rows_of(_attend(gq, gk, gv, group.hidden, share, training)))
         x = x + dropout(attention.o(torch.cat(parts)), share, training)
         x = x + dropout(_feed_forward(feed_forward, x, share, training), share, training)
     return dropout(decoder.final_layer_norm(x), share, training)
+
+
+def _norm(self: Any, x: Tensor) -> Tensor:
+    """T5LayerNorm's forward pass, on a GPU in one kernel for six."""
+    if x.device.type == "cpu":
+        normed: Tensor = T5LayerNorm.forward(self, x)
+        return normed
+    return rms_norm(x, self.weight.shape, self.weight, self.variance_epsilon)
 
 
 class GroupedT5(nn.Module):
@@ -158,6 +189,9 @@ class GroupedT5(nn.Module):
     def __init__(self, t5: T5ForConditionalGeneration) -> None:
         super().__init__()
         self.t5 = t5
+        for module in t5.modules():
+            if isinstance(module, T5LayerNorm):
+                module.forward = MethodType(_norm, module)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, decoder_input_ids: Tensor) -> Seq2SeqLMOutput:
         """(users, tokens), (users, tokens) padded on the right, (users, digits) -> (users, digits, vocab) logits."""

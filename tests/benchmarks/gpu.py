@@ -1,6 +1,6 @@
 """Both paradigms on one GPU: training throughput, model FLOPs utilisation, memory and users decoded per second, by size.
 
-    python tests/benchmarks/gpu.py [sid|llm] [--only 43M] [--steps 20] [--users 512] [--peak-tflops 989]
+    python tests/benchmarks/gpu.py [sid|llm] [--only 43M] [--steps 20] [--users 512] [--graphs] [--peak-tflops 989]
 
 `sid`: the paper's ten sizes (336K to 192M; arXiv 2509.25522) as T5-style encoder-decoders and as decoder-only models of as many
 parameters, trained and decoded over the catalogue. `llm`: a ladder of fresh Qwen3-architecture backbones, 1M to 300M, trained
@@ -34,14 +34,16 @@ from torch import nn
 
 from gr.data.planted import World
 from gr.data.split import EvaluationUser, Split
+from jobs.graphs import FIRST
+from jobs.options import Optimizer
+from jobs.parallel import Replicated
 from jobs.smaller import out_of_memory
-from jobs.trainer import Micro
+from jobs.trainer import Micro, adam_of
 
 BEAUTY = World(users=22_363, items=12_101, mean_length=9)
 TINY = World(users=120, items=60, topics=6, communities=4, subtopics=2, mean_length=8)
 BATCH = 128
 """Users decoded at once: the evaluations' default."""
-WARM = 3
 PEAKS = {
     "B200": 2250, "GH200": 989, "H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "A100": 312, "L40S": 362, "L40": 181,
     "L4": 121, "A10": 125, "A40": 150, "A6000": 155, "4090": 165, "3090": 71,
@@ -69,12 +71,16 @@ class Contender:
     batches: Callable[[int], list[Micro]]
     loss: Callable[[nn.Module, dict[str, torch.Tensor]], torch.Tensor]
     decoder: Callable[[], Rank] | None
+    recordable: bool = False
+    """Whether a job can record its steps."""
 
 
 class Device:
-    """The device that is measured, and its ``peak`` in FLOP/s, None where it is not known."""
+    """The device that is measured, and its ``peak`` in FLOP/s, None where it is not known; ``graphs``: steps are recorded where
+    they can be, as with `launch.graphs`."""
 
-    def __init__(self, kind: str, peak_tflops: float | None) -> None:
+    def __init__(self, kind: str, peak_tflops: float | None, graphs: bool) -> None:
+        self.graphs = graphs and kind == "cuda"
         self.cuda = kind == "cuda"
         self.accelerator = Accelerator(cpu=not self.cuda, mixed_precision="bf16")
         self.name = torch.cuda.get_device_name() if self.cuda else "CPU"
@@ -114,8 +120,10 @@ class Training:
 
     def __init__(self, contender: Contender, device: Device) -> None:
         self.contender, self.accelerator = contender, device.accelerator
-        adam = torch.optim.AdamW([p for p in contender.model.parameters() if p.requires_grad], lr=1e-4, weight_decay=0.01)
-        self.model, self.adam = device.accelerator.prepare(contender.model.train(), adam)
+        graphs = contender.recordable and device.graphs
+        optimizer = Optimizer(steps=1, global_batch=8, lr=1e-4, weight_decay=0.01)
+        adam = adam_of(contender.model.train(), optimizer, device.where, fused=True, graphs=graphs)
+        self.parallel = Replicated(device.accelerator, contender.model, adam, graphs)
 
     def on_device(self, step: int) -> list[Micro]:
         micros = self.contender.batches(step)
@@ -125,11 +133,9 @@ class Training:
 
     def step(self, micros: list[Micro]) -> None:
         total = sum(micro.weight for micro in micros)
-        self.adam.zero_grad()
         for micro in micros:
-            self.accelerator.backward(self.contender.loss(self.model, micro.inputs) / total)
-        self.accelerator.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.adam.step()
+            self.parallel.accumulate(self.contender.loss, micro.inputs, 1 / total, micro is micros[-1])
+        self.parallel.update(1e-4, 1.0)
 
 
 def measured(make: Callable[[], Contender], device: Device, steps: int, users: list[EvaluationUser]) -> dict[str, str]:
@@ -152,13 +158,13 @@ def measured(make: Callable[[], Contender], device: Device, steps: int, users: l
 def _trained(contender: Contender, device: Device, steps: int) -> dict[str, str]:
     with device.memory() as most:
         training = Training(contender, device)
-        for step in range(WARM):
-            training.step(training.on_device(step))
-        ready = [training.on_device(WARM + step) for step in range(steps)]
+        ready = [training.on_device(step) for step in range(steps)]
+        for _ in range(FIRST + 1):  # libraries set themselves up, steps are recorded
+            for micros in ready:
+                training.step(micros)
         alone = device.seconds(lambda: [training.step(micros) for micros in ready])
         done = [micro for micros in ready for micro in micros]
-        again = range(WARM, WARM + steps)
-        whole = device.seconds(lambda: [training.step(training.on_device(step)) for step in again])
+        whole = device.seconds(lambda: [training.step(training.on_device(step)) for step in range(steps)])
         peak = most()
     tokens, weight, flops = (sum(getattr(micro, name) for micro in done) for name in ("tokens", "weight", "flops"))
     return {
@@ -208,6 +214,7 @@ def main() -> int:
     parser.add_argument("--users", type=int, default=512)
     parser.add_argument("--beams", type=int, default=20)
     parser.add_argument("--batch", type=int, default=256, help="training units of a step: targets, or users (decoder-only, LLM)")
+    parser.add_argument("--graphs", action="store_true", help="record steps as CUDA graphs where a job can (launch.graphs)")
     parser.add_argument("--peak-tflops", type=float, help="dense bf16 TFLOP/s of the device, where its name is not known")
     options = parser.parse_args()
     if options.device == "cuda" and not torch.cuda.is_available():
@@ -224,7 +231,7 @@ def compare(paradigm: str, options: argparse.Namespace) -> None:
         from tests.benchmarks.gpu_sid import contenders
     else:
         from tests.benchmarks.gpu_llm import contenders
-    device = Device(options.device, options.peak_tflops)
+    device = Device(options.device, options.peak_tflops, options.graphs)
     steps, count, batch = (2, 8, 16) if options.tiny else (options.steps, options.users, options.batch)
     with tempfile.TemporaryDirectory() as folder:
         split, data = split_of(Path(folder), options.tiny)

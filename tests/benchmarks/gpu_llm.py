@@ -11,7 +11,7 @@ from gr.data.stream import TrainStream
 from gr.errors import UserError
 from gr.llm.backbone import NextTitle, attend_by, count, fresh_backbone
 from gr.llm.decode import rank_titles
-from gr.llm.sequences import micro_batches, prompts, training_sequences
+from gr.llm.sequences import at_once, micro_batches, prompts, training_sequences
 from gr.llm.titles import Titles, TitleTrie, title_texts
 from gr.llm.tokenizer import frame_of
 from gr.llm.tuning import made_trainable, trained_facts, tuning_flops
@@ -96,7 +96,7 @@ class _Model:
             packed = training_sequences(self.titles, [e.history for e in stream.batch(step)], HISTORY, TOKENS)
             return [
                 Micro(b.inputs, b.target_tokens, b.tokens, self._flops(backbone, tune, counts, n_lora, b))
-                for b in micro_batches(packed, self.titles.frame.pad, self.trie, vocab)
+                for b in micro_batches(packed, self.titles.frame.pad, self.trie, vocab, limit=at_once(self.device))
             ]
 
         def rank(users: list[EvaluationUser]) -> object:

@@ -34,6 +34,7 @@ LADDER = {
     "192M": (20, 384, 18, 3072),
 }
 """The paper's labels and sizes: layers of each stack, width, heads of 64, feed-forward. What they count to is printed."""
+TINY_SIZE = T5Size(layers=1, d_model=16, heads=2, d_kv=8, d_ff=32)
 ARCHITECTURES = ("encoder-decoder", "decoder-only")
 
 
@@ -41,10 +42,8 @@ def contenders(
     split: Split, accelerator: Accelerator, batch: int, beams: int, tiny: bool, only: list[str] | None
 ) -> Iterator[tuple[dict[str, str], Callable[[], Contender]]]:
     """The leading cells of each row, and what makes its contender."""
-    sids = _semantic_ids(split, 4 if tiny else WIDTH)
-    sizes = (
-        {"tiny": T5Size(layers=1, d_model=16, heads=2, d_kv=8, d_ff=32)} if tiny else {n: _size(*s) for n, s in LADDER.items()}
-    )
+    sids = semantic_ids(split, 4 if tiny else WIDTH)
+    sizes = {"tiny": TINY_SIZE} if tiny else {n: size_of(*s) for n, s in LADDER.items()}
     for name in only or sizes:
         if name not in sizes:
             raise SystemExit(f"--only {name}: not one of {', '.join(sizes)}")
@@ -52,7 +51,7 @@ def contenders(
             size = sizes[name] if architecture == "encoder-decoder" else causal(sizes[name])
             yield (
                 {"size": name, "architecture": architecture},
-                lambda s=size, a=architecture: _made(s, a, split, sids, accelerator, batch, beams),
+                lambda s=size, a=architecture: contender(s, a, split, sids, accelerator, batch, beams),
             )
 
 
@@ -63,18 +62,18 @@ def causal(size: T5Size) -> T5Size:
     return T5Size(layers=2 * size.layers, d_model=size.d_model, heads=size.heads, d_kv=size.d_kv, d_ff=d_ff)
 
 
-def _size(layers: int, d_model: int, heads: int, d_ff: int) -> T5Size:
+def size_of(layers: int, d_model: int, heads: int, d_ff: int) -> T5Size:
     return T5Size(layers=layers, d_model=d_model, heads=heads, d_kv=64, d_ff=d_ff)
 
 
-def _semantic_ids(split: Split, width: int) -> SidTable:
+def semantic_ids(split: Split, width: int) -> SidTable:
     vectors = standardize(torch.from_numpy(tfidf_vectors(split.titles(), min(64, split.n_items - 1), seed=0)))
     codes = disambiguate(residual_kmeans(vectors, LEVELS, width, seed=0).codes.numpy())
     widths = codes.max(axis=0) + 1
     return SidTable(1 + np.concatenate([[0], np.cumsum(widths)[:-1]]) + codes, int(1 + widths.sum()))
 
 
-def _made(
+def contender(
     size: T5Size, architecture: Any, split: Split, sids: SidTable, accelerator: Accelerator, batch: int, beams: int
 ) -> Contender:
     """``batch``: users of a step for the decoder-only model, all of whose items are its targets, else targets."""
@@ -90,4 +89,12 @@ def _made(
             rankers = {"encoder-decoder": evaluate_sid._encoder_decoder, "decoder-only": evaluate_sid._decoder_only}
             return rankers[architecture](context, config, sids, str(accelerator.device))
 
-    return Contender(made.facts["n_rs"], "targets", made.model, lambda step: made.batches(step, 1), made.loss, decoder)
+    return Contender(
+        made.facts["n_rs"],
+        "targets",
+        made.model,
+        lambda step: made.batches(step, 1),
+        made.loss,
+        decoder,
+        made.recordable,
+    )

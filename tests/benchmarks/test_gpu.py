@@ -22,8 +22,8 @@ def test_peaks_go_by_the_devices_name() -> None:
     assert [peak_of(name) for name in ("CPU", "NVIDIA RTX A4000")] == [None, None], "better none than another's"
 
 
-def run(*words: str) -> str:
-    command = [sys.executable, str(ROOT / "tests" / "benchmarks" / "gpu.py"), *words]
+def run(*words: str, program: str = "gpu.py") -> str:
+    command = [sys.executable, str(ROOT / "tests" / "benchmarks" / program), *words]
     done = subprocess.run(command, capture_output=True, text=True, timeout=500, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -33,6 +33,16 @@ def run(*words: str) -> str:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_so() -> None:
     assert run("sid") == "skipped: no CUDA device here (--device cpu --tiny runs a small version on the CPU)\n"
+
+
+@pytest.mark.slow
+def test_sharing_in_small() -> None:
+    done = run("--device", "cpu", "--tiny", "--together", "1,2", "--seconds", "1", "--batch", "16", program="gpu_share.py")
+    header, _, row = done.splitlines()[-3:]
+    assert header == "| size | n = 1 | n = 2 |"
+    size, alone, both = row.strip("| ").split(" | ")
+    assert size == "tiny" and alone.endswith("(1.00)") and float(alone.split()[0].replace(",", "")) > 0
+    assert float(both.split()[0].replace(",", "")) > 0
 
 
 @pytest.mark.slow

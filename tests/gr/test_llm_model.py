@@ -27,7 +27,7 @@ from gr.errors import UserError
 from gr.llm.backbone import NextTitle, count, forward_flops, fresh_backbone, load_backbone, train_flops
 from gr.llm.decode import TitleStepper, rank_titles
 from gr.llm.lora import add_lora, count_lora, merged, per_rank, save_adapter
-from gr.llm.sequences import batch, micro_batches, target_sequence, training_sequences
+from gr.llm.sequences import AtOnce, batch, micro_batches, target_sequence, training_sequences
 from gr.llm.sequences import prompts as make_prompts
 from gr.llm.titles import Titles, TitleTrie
 from gr.llm.tokenizer import Frame, frame_of
@@ -184,11 +184,10 @@ def test_users_and_beams_that_ended_are_dropped_and_the_rest_unharmed(lm: Any) -
     assert kept, "this test is to see users dropped"
 
 
-def test_micro_batches_hold_every_sequence_once_within_the_limit(titles: Titles, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gr.llm.sequences.TOKENS_AT_ONCE", 60)
+def test_micro_batches_hold_every_sequence_once_within_the_limit(titles: Titles) -> None:
     trie = TitleTrie(titles, "vocabulary")
     packed = training_sequences(titles, HISTORIES * 5, 3, 60)
-    batches = micro_batches(packed, titles.frame.pad, trie, 290)
+    batches = micro_batches(packed, titles.frame.pad, trie, 290, limit=AtOnce(60, 10**9))
     assert sum(b.input_ids.shape[0] for b in batches) == len(packed)
     assert sum(b.target_tokens for b in batches) == sum(len(p.places) for p in packed)
     assert all(b.input_ids.numel() <= 60 for b in batches) and len(batches) > 1

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from pydantic import ValidationError
 
@@ -50,10 +51,13 @@ def test_on_cpu_ddp_is_told_so_and_deepspeed_is_not(monkeypatch: pytest.MonkeyPa
 def test_the_identity_holds_all_that_may_change_a_bit_and_no_defaults() -> None:
     assert Launch(threads=7).identity() == {"processes": 1}
     everything = Launch(processes=2, precision="bf16", zero=3, offload="cpu", accumulation=4)
-    assert everything.identity() == everything.model_dump(exclude={"threads"})
+    assert everything.identity() == everything.model_dump(exclude={"threads", "graphs"})
     assert Launch.model_validate(everything.identity()) == everything
+    assert Launch(graphs=True).identity() == {"processes": 1, "graphs": True}
     with pytest.raises(ValidationError, match="offload cpu needs zero"):
         Launch(processes=2, offload="cpu")
+    with pytest.raises(ValidationError, match="graphs are of one process without zero"):
+        Launch(processes=2, graphs=True)
 
 
 def start(words: list[str], path: Path, stage: str = "train_sid", **env: str) -> subprocess.CompletedProcess[str]:
@@ -77,6 +81,23 @@ def test_zero_needs_its_launcher(jobs: Jobs, split: str) -> None:
     path = write(jobs, "train_sid", "bare", training(), {"zero": 2}, split=split, sids="none")
     refused(start([sys.executable], path), "launch.zero needs accelerate's launcher: accelerate launch --use_deepspeed")
     assert not (jobs.folder / "artifacts" / "bare").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_steps_are_recorded_on_a_gpu_only(jobs: Jobs, split: str, launch_sids: str) -> None:
+    path = write(jobs, "train_sid", "graphs", training(), {"graphs": True}, split=split, sids=launch_sids)
+    refused(start([sys.executable], path), "launch.graphs needs a CUDA device, and this machine has none; leave it out")
+    assert not (jobs.folder / "artifacts" / "graphs").exists()
+
+
+def test_what_reads_back_from_a_gpu_is_not_recorded(jobs: Jobs, split: str, launch_sids: str) -> None:
+    config = training() | {"architecture": "decoder-only"}
+    path = write(jobs, "train_sid", "graphs-alone", config, {"graphs": True}, split=split, sids=launch_sids)
+    refused(start([sys.executable], path), "launch.graphs: train_sid of this kind can't be recorded; leave it out")
+    encode = write(jobs, "encode", "graphs-encode", {}, {"graphs": True})
+    refused(
+        start([sys.executable], encode, stage="encode"), "launch.graphs is True; only pretrain_llm, train_llm, train_sid have"
+    )
 
 
 def test_only_what_trains_takes_zero(jobs: Jobs) -> None:

@@ -3,8 +3,11 @@
 import itertools
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
+from safetensors.torch import load_file
 
 from jobs.options import Optimizer
 from jobs.trainer import DECAY, LEAST_LR, learning_rate
@@ -31,8 +34,25 @@ def test_wsd_warms_up_stays_and_decays(steps: int, warmup: float, lr: float) -> 
 def test_the_default_stays_a_cosine(steps: int) -> None:
     rates = [learning_rate(Optimizer(steps=steps, lr=1.0), step) for step in range(steps + 1)]
     assert max(rates) == 1.0 and rates[-1] == pytest.approx(LEAST_LR)
-    assert Optimizer(steps=steps, lr=1.0).model_dump().keys().isdisjoint({"schedule", "patience"}), "no part of old identities"
+    plain = Optimizer(steps=steps, lr=1.0).model_dump()
+    assert plain.keys().isdisjoint({"schedule", "patience", "keep"}), "no part of old identities"
     assert Optimizer(steps=steps, lr=1.0, schedule="wsd", patience=2).model_dump()["patience"] == 2
+
+
+def test_the_last_weights_are_kept_on_request(jobs: Jobs, split: str) -> None:
+    """At so high a rate the least loss is not the last."""
+    best = jobs.run("pretrain_llm", "best", CONFIG | {"optimizer": OPTIMIZER}, split=split)
+    last = jobs.run("pretrain_llm", "last", CONFIG | {"optimizer": OPTIMIZER | {"keep": "last"}}, split=split)
+    assert last.facts["validations"] == best.facts["validations"], "nothing else is another"
+    assert last.facts["best_step"] == last.facts["steps"] == 60 > best.facts["best_step"]
+    assert last.facts["loss_val"] == last.facts["validations"][-1][1] > best.facts["loss_val"]
+    weights = [load_file(run.out / "model.safetensors") for run in (best, last)]
+    assert any(not torch.equal(weight, weights[1][name]) for name, weight in weights[0].items())
+
+
+def test_patience_and_the_last_weights_exclude_each_other() -> None:
+    with pytest.raises(ValidationError, match="patience ends a run where its best weights lie behind it"):
+        Optimizer(steps=10, lr=1.0, patience=2, keep="last")
 
 
 def test_patience_ends_a_training_that_no_longer_improves(jobs: Jobs, split: str) -> None:
