@@ -61,7 +61,7 @@ DRAWS = 1000  # of the bootstrap over users
 Ranks = NDArray[np.int32]
 
 DECODER_ONLY = T5Size(layers=2, d_model=128, heads=4, d_kv=32, d_ff=256)
-"""With `OF_STUDY` and dropout .2 as in cluster/studies/beauty-decoder-only.yaml."""
+"""With `OF_STUDY` and dropout .2, as cluster/studies/beauty-decoder-only.yaml once was."""
 OF_STUDY = Optimizer(steps=PARTS, global_batch=128, lr=3e-3, weight_decay=0.05)
 T5_SETTINGS = Optimizer(steps=PARTS, global_batch=64, lr=2e-3, weight_decay=0.01)
 
