@@ -92,7 +92,7 @@ def train(
     validate: Callable[[nn.Module], float],
     recordable: bool = False,
 ) -> M:
-    """Trains ``model`` and returns it with the weights of its least validation loss (on the first process; others may hold none).
+    """Trains ``model`` and returns it with the weights that `Optimizer.keep` says (on the first process; others may hold none).
 
     ``validate(model)``: mean validation loss, over the same data on every process. ``recordable``: ``loss`` reads nothing back
     from a GPU and its inputs have few shapes, as `launch.graphs` needs it. What was measured goes into ``context.facts``.
@@ -271,7 +271,7 @@ def adam_of(model: nn.Module, optimizer: Optimizer, device: torch.device, fused:
         lr=torch.tensor(optimizer.lr, device=device) if graphs else optimizer.lr,
         weight_decay=optimizer.weight_decay,
         betas=(0.9, 0.98),
-        fused=fused and device.type == "cuda",
+        fused=True if fused and device.type == "cuda" else None,  # None leaves the choice to torch, False would forbid foreach
         capturable=graphs,
     )
 

@@ -58,7 +58,7 @@ class Layout:
         if attention_mask.device.type != "cpu":
             return cls._whole(attention_mask, dtype)
         users, width = attention_mask.shape
-        counts = attention_mask.sum(dim=1).clamp(min=1).cpu().numpy()
+        counts = attention_mask.sum(dim=1).clamp(min=1).numpy()
         order = np.argsort(counts, kind="stable")
         lengths = counts[order]
         index, groups, row = [], [], 0

@@ -189,9 +189,8 @@ def _attention(qkv: Tensor, layout: Layout, biases: list[Tensor], heads: int) ->
     """(rows, 3 x heads x d_kv) -> (rows, heads x d_kv), group by group; ``biases``: of each (users x heads, longest, longest)."""
     inner = qkv.shape[1] // 3
     out = qkv.new_empty(len(qkv), inner)
-    sizes = [len(g) * g.longest for g in layout.groups]
     for group, own, bias, mixed in zip(
-        layout.groups, qkv.split_with_sizes(sizes), biases, out.split_with_sizes(sizes), strict=True
+        layout.groups, qkv.split_with_sizes(layout.sizes), biases, out.split_with_sizes(layout.sizes), strict=True
     ):
         users, n = len(group), group.longest
         # One copy per group, and products of what stands in one piece: matmul would copy each of the three.
