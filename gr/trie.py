@@ -14,7 +14,8 @@ class Trie:
 
     ``first_edge``: (nodes+1,) int64; ``edge_token``, ``edge_node``: (edges,) int64; ``leaf``: (nodes,) int64, the number of the
     sequence that ends there, or -1. ``span[d]``: the least token that a node at depth d is continued by, and one more than
-    the greatest; ``widest[d]``: the most children that one has.
+    the greatest; ``widest[d]``: the most children that one has; ``counted[d]``: whether those of each are the span's first tokens,
+    as those of a digit are that tells items of one SID apart.
     """
 
     first_edge: Tensor
@@ -23,6 +24,7 @@ class Trie:
     leaf: Tensor
     span: tuple[tuple[int, int], ...]
     widest: tuple[int, ...]
+    counted: tuple[bool, ...]
 
     @property
     def depth(self) -> int:
@@ -36,6 +38,7 @@ class Trie:
         parent, token, leaf = [-1], [-1], [-1]
         spans: list[tuple[int, int]] = []
         widest: list[int] = []
+        counted: list[bool] = []
         path: list[int] = []  # nodes from the root's child down to the last sequence's end
         previous: tuple[int, ...] = ()
         for i in order:
@@ -67,6 +70,8 @@ class Trie:
             edges = np.concatenate([np.arange(first[n], first[n + 1]) for n in level])
             spans.append((int(tokens[edges].min()), int(tokens[edges].max()) + 1))
             widest.append(int(counts.max()))
+            within = np.concatenate([np.arange(n) for n in counts])
+            counted.append(bool((tokens[edges] - spans[-1][0] == within).all()))
             level = edge_node[edges]
         return cls(
             torch.from_numpy(first.astype(np.int64)),
@@ -75,6 +80,7 @@ class Trie:
             torch.tensor(leaf, dtype=torch.int64),
             tuple(spans),
             tuple(widest),
+            tuple(counted),
         )
 
     def edges(self, node: Tensor, most: int | None = None) -> tuple[Tensor, Tensor]:
@@ -93,4 +99,4 @@ class Trie:
 
     def to(self, device: torch.device | str) -> "Trie":
         first, token, node, leaf = (t.to(device) for t in (self.first_edge, self.edge_token, self.edge_node, self.leaf))
-        return Trie(first, token, node, leaf, self.span, self.widest)
+        return Trie(first, token, node, leaf, self.span, self.widest, self.counted)

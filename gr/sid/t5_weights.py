@@ -30,7 +30,7 @@ class T5Weights:
         encoder: Any = model.encoder
         decoder: Any = model.decoder
         norm = decoder.final_layer_norm
-        self.eps = norm.variance_epsilon
+        self.eps = norm.variance_epsilon * model.config.d_model
         self.encoder = [_Block(block) for block in encoder.block]
         self.decoder = [_DecoderBlock(block) for block in decoder.block]
         self.history = _Tokens(encoder.embed_tokens, self.encoder[0], self.eps)
@@ -40,7 +40,8 @@ class T5Weights:
         scale = model.config.d_model**-0.5 if model.config.scale_decoder_outputs else 1.0
         self.head = _transposed([model.lm_head.weight * scale], norm)
         # Distances are few: their biases are computed once, and again when a history is longer than any before.
-        self.own_bias, self.encoder_bias = position_bias(decoder, trie.search.depth), position_bias(encoder, 1)
+        own_bias, self.encoder_bias = position_bias(decoder, trie.search.depth), position_bias(encoder, 1)
+        self.own_biases = [own_bias[0, :, i, : i + 1].T[:, None] for i in range(trie.search.depth)]  # (digits, 1, heads)
         block = self.decoder[0]
         self.looked_up, self.prefixes = block.qkv.numel(), None
         if int((trie.search.leaf < 0).sum()) * (block.qkv.shape[0] + block.cross_q.shape[1]) <= MOST_OF_PREFIXES:
@@ -68,19 +69,22 @@ class T5Weights:
             x = block.feed_forward(x, self.norm(x))
         return self.norm(x)
 
-    def own(self, number: int, x: Tensor, qkv: Tensor, past: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def own(self, number: int, x: Tensor, qkv: Tensor, past: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """A decoder block up to its attention to histories, of one more digit of each beam.
 
-        ``x``: (beams, d_model), ``qkv``: (beams, 3 x heads x d_kv), ``past``: (beams, digits before, 2, heads, d_kv) keys and
-        values. Returns x, the queries (beams, heads x d_kv) of the attention to histories, and ``past`` with this digit.
+        ``x``: (beams, d_model), ``qkv``: (beams, 3 x heads x d_kv), ``past``: (digits before, beams then, 2, heads, d_kv) keys
+        and values, of which the beams continue ``rows`` (beams,). Returns x, the queries (beams, heads x d_kv) of the attention
+        to histories, and the beams' own ``past`` with this digit.
         """
-        block, position = self.decoder[number], past.shape[1]
-        bias = self.own_bias[0, :, position, : position + 1].T[..., None]  # (digits, heads, 1)
-        new = qkv.view(len(qkv), 1, 3, self.config.num_heads, -1)
-        past = torch.cat([past, new[:, :, 1:]], dim=1)
-        k, v = past.unbind(2)
-        scores = (new[:, :, 0] * k).sum(-1, keepdim=True) + bias  # a handful of digits: no product of matrices worth starting
-        x = torch.addmm(x, (scores.softmax(1) * v).sum(1).view(len(qkv), -1), block.own_out)
+        block, new = self.decoder[number], qkv.view(len(qkv), 3, self.config.num_heads, -1)
+        past = _continued(past, rows, new[:, 1:])
+        # A handful of digits: no product of matrices is worth starting.
+        scores = (new[:, 0] * past[:, :, 0]).sum(-1) + self.own_biases[len(past) - 1]
+        shares = scores.softmax(0)[..., None]
+        mixed = shares[0] * past[0, :, 1]
+        for share, before in zip(shares[1:], past[1:], strict=True):
+            mixed.addcmul_(share, before[:, 1])
+        x = torch.addmm(x, mixed.view(len(qkv), -1), block.own_out)
         return x, self.norm(x) @ block.cross_q, past
 
 
@@ -92,15 +96,15 @@ class _Prefixes:
         self.row, self.width = torch.zeros_like(trie.leaf), c.d_model
         nodes = torch.zeros(1, dtype=torch.int64, device=device)
         tokens = torch.full_like(nodes, c.decoder_start_token_id)
-        past = weights.cross.new_empty(1, 0, 2, c.num_heads, c.d_kv)
+        past, rows = weights.cross.new_empty(0, 1, 2, c.num_heads, c.d_kv), nodes
         parts: list[Tensor] = []
         while len(nodes):
             self.row[nodes] = sum(map(len, parts)) + torch.arange(len(nodes), device=device)
-            x, queries, past = weights.own(0, *weights.digits(tokens), past)
+            x, queries, past = weights.own(0, *weights.digits(tokens), past, rows)
             parts.append(torch.cat([x, queries], dim=1))
             parent, edge = _edges(trie, nodes)
             on = trie.leaf[trie.edge_node[edge]] < 0
-            nodes, tokens, past = trie.edge_node[edge[on]], trie.edge_token[edge[on]], past[parent[on]]
+            nodes, tokens, rows = trie.edge_node[edge[on]], trie.edge_token[edge[on]], parent[on]
         self.table = torch.cat(parts)
 
     def __call__(self, nodes: Tensor) -> tuple[Tensor, Tensor]:
@@ -121,18 +125,31 @@ def _edges(trie: Trie, nodes: Tensor) -> tuple[Tensor, Tensor]:
     return parent, torch.arange(len(parent), device=nodes.device) + (first - before)[parent]
 
 
+def _continued(past: Tensor, rows: Tensor, new: Tensor) -> Tensor:
+    """(digits, beams before, ...) -> (digits + 1, beams, ...): of each of ``rows``, and then ``new`` (beams, ...)."""
+    digits, before = past.shape[:2]
+    result = new.new_empty(digits + 1, *new.shape)
+    result[digits] = new
+    if digits:
+        index = torch.arange(0, digits * before, before, device=rows.device)[:, None] + rows
+        torch.index_select(past.flatten(0, 1), 0, index.flatten(), out=result[:digits].flatten(0, 1))
+    return result
+
+
 def _rms_norm(x: Tensor, eps: float) -> Tensor:
-    """On a CPU torch's own takes half as long again, for it writes down the squares that it sums."""
+    """x / sqrt(|x|^2 + eps): the root mean square times sqrt(d_model) stands in what reads it, as the norm's scale does.
+
+    On a CPU torch's own takes half as long again, for it writes down the squares that it sums.
+    """
     wide = torch.promote_types(x.dtype, torch.float32)
     length: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
-    scale = length.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
-    return x * scale.to(x.dtype)
+    return x * length.square_().add_(eps).rsqrt_().to(x.dtype)
 
 
 def _transposed(weights: list[Tensor], norm: Any = None) -> Tensor:
     """(out, in) weights -> (in, out) of all of them, that read the same input, scaled by ``norm`` if there is one."""
     joined = torch.cat(weights)
-    return (joined if norm is None else joined * norm.weight).T.contiguous()
+    return (joined if norm is None else joined * (norm.weight * len(norm.weight) ** 0.5)).T.contiguous()
 
 
 class _Block:
