@@ -100,13 +100,12 @@ class _CrossAttention:
         rows = projected.view(len(projected), 2 * blocks, heads, -1)
         self.sizes = [len(g) * heads for g in layout.groups]
         self.hidden = [None if g.hidden is None else g.hidden.expand(-1, heads, -1, -1).flatten(0, 1) for g in layout.groups]
-        # Per group (blocks x 2, users x heads, longest, d_kv), in the order in which products of matrices read them.
-        each = [
-            rows[g.rows].view(len(g), g.longest, *rows.shape[1:]).permute(2, 0, 3, 1, 4).flatten(1, 2).contiguous()
-            for g in layout.groups
-        ]
-        self.keys = [[x[2 * block].transpose(1, 2) for x in each] for block in range(blocks)]
-        self.values = [[x[2 * block + 1] for x in each] for block in range(blocks)]
+        # Per group, in the order in which products of matrices read them.
+        each = [rows[g.rows].view(len(g), g.longest, *rows.shape[1:]) for g in layout.groups]
+        keys = [x[:, :, 0::2].permute(2, 0, 3, 4, 1).flatten(1, 2).contiguous() for x in each]
+        values = [x[:, :, 1::2].permute(2, 0, 3, 1, 4).flatten(1, 2).contiguous() for x in each]
+        self.keys = [[x[block] for x in keys] for block in range(blocks)]
+        self.values = [[x[block] for x in values] for block in range(blocks)]
 
     def of(self, user: Tensor) -> Attend:
         """``user``: (running beams,) whose each is, in rising order.
