@@ -196,14 +196,13 @@ class _Tokens:
 
 
 def _biases(bias: Tensor, group: Group) -> Tensor:
-    """(1, heads, n, n) of relative positions -> (users x heads, longest, longest) with what hides the group's padding."""
+    """(1, heads, n, n) of relative positions -> (users or 1, heads, longest, longest) with what hides the group's padding."""
     own = bias[..., : group.longest, : group.longest]
-    own = own if group.hidden is None else own + group.hidden
-    return own.expand(len(group), -1, -1, -1).flatten(0, 1)
+    return own if group.hidden is None else own + group.hidden
 
 
 def _attention(qkv: Tensor, layout: Layout, biases: list[Tensor], heads: int) -> Tensor:
-    """(rows, 3 x heads x d_kv) -> (rows, heads x d_kv), group by group; ``biases``: of each (users x heads, longest, longest)."""
+    """(rows, 3 x heads x d_kv) -> (rows, heads x d_kv), group by group; ``biases``: of each (users or 1, heads, longest, longest)."""
     inner = qkv.shape[1] // 3
     out = qkv.new_empty(len(qkv), inner)
     for group, own, bias, mixed in zip(
@@ -212,6 +211,8 @@ def _attention(qkv: Tensor, layout: Layout, biases: list[Tensor], heads: int) ->
         users, n = len(group), group.longest
         # One copy per group, and products of what stands in one piece: matmul would copy each of the three.
         q, k, v = own.view(users, n, 3, heads, -1).permute(2, 0, 3, 1, 4).reshape(3, users * heads, n, -1)
-        values = torch.bmm(torch.baddbmm(bias, q, k.transpose(1, 2)).softmax(-1), v)
+        scores = torch.bmm(q, k.transpose(1, 2))
+        scores.view(users, heads, n, n).add_(bias)
+        values = torch.bmm(scores.softmax(-1), v)
         mixed.view(users, n, heads, -1).copy_(values.view(users, heads, n, -1).transpose(1, 2))
     return out
