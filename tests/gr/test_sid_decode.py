@@ -129,9 +129,9 @@ def test_beams_without_a_choice_left_are_not_run() -> None:
     ran: list[int] = []
 
     class Watched(T5Stepper):
-        def _step(self, beams: Beams, span: tuple[int, int]) -> torch.Tensor:
+        def advance(self, beams: Beams, span: tuple[int, int]) -> torch.Tensor:
             ran.append(int(beams.running.sum()))
-            return super()._step(beams, span)
+            return super().advance(beams, span)
 
     found, _ = beam_search(Watched(weights, **inputs), trie.search, 4, normalize=True)
     assert ran == [1, 1], "the start, and the one first digit that two items share"
