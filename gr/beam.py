@@ -137,8 +137,8 @@ def _extend(
 
 
 def _predicted(trie: Trie, depth: int, logp: Tensor, first: Tensor, slots: Tensor) -> Tensor:
-    """(users, b, slots) predictions of the children in ``slots`` of nodes whose first edges are ``first`` (users x b,); any number
-    where there is no child."""
+    """(users, b, slots) predictions of the children in ``slots`` of nodes whose first edges are ``first`` (users x b,), and any
+    number where there is no child."""
     if trie.counted[depth]:
         return logp[..., : len(slots)]
     # index_select reads a table three to seven times as fast as brackets do.

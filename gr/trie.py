@@ -14,8 +14,8 @@ class Trie:
 
     ``first_edge``: (nodes+1,) int64; ``edge_token``, ``edge_node``: (edges,) int64; ``leaf``: (nodes,) int64, the number of the
     sequence that ends there, or -1. ``span[d]``: the least token that a node at depth d is continued by, and one more than
-    the greatest; ``widest[d]``: the most children that one has; ``counted[d]``: whether those of each are the span's first tokens,
-    as those of a digit are that tells items of one SID apart.
+    the greatest; ``widest[d]``: the most children that one has; ``counted[d]``: whether those of each are the first tokens of the
+    span, as those of a digit are that tells items of one SID apart.
     """
 
     first_edge: Tensor

@@ -202,7 +202,7 @@ def _biases(bias: Tensor, group: Group) -> Tensor:
 
 
 def _attention(qkv: Tensor, layout: Layout, biases: list[Tensor], heads: int) -> Tensor:
-    """(rows, 3 x heads x d_kv) -> (rows, heads x d_kv), group by group; ``biases``: of each (users or 1, heads, longest, longest)."""
+    """(rows, 3 x heads x d_kv) -> (rows, heads x d_kv), group by group; ``biases``: `_biases` of each."""
     inner = qkv.shape[1] // 3
     out = qkv.new_empty(len(qkv), inner)
     for group, own, bias, mixed in zip(

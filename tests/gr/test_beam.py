@@ -109,7 +109,7 @@ def test_trie_holds_its_sequences_and_refuses_prefixes() -> None:
             edges = range(int(trie.first_edge[node]), int(trie.first_edge[node + 1]))
             node = next(int(trie.edge_node[e]) for e in edges if trie.edge_token[e] == token)
         assert int(trie.leaf[node]) == number
-    assert trie.span == ((1, 4), (1, 3), (0, 5))
+    assert trie.span == ((1, 4), (1, 3), (0, 5)) and trie.counted == (False, True, False)
     for bad in ([(1, 2), (1, 2)], [(1, 2), (1,)], [()]):
         with pytest.raises(ValueError, match="repeats or continues"):
             Trie.build(bad)
