@@ -160,9 +160,11 @@ def _top(flat: Tensor, keep: int) -> tuple[Tensor, Tensor]:
     """The ``keep`` largest of each row and where they are, best first, ties in index order: topk alone leaves open which of the
     ties at the cut it takes."""
     values, index = flat.topk(min(keep + 1, flat.shape[1]), dim=1)
+    tied = (values[:, 1:] == values[:, :-1]) & ~values[:, 1:].isinf()  # among sequences that there are not any order will do
+    if not bool(tied.any()):
+        return values[:, :keep], index[:, :keep]
     least, index = values[:, keep - 1 : keep], index[:, :keep]
-    cut = values[:, keep:] == least
-    if bool((cut & ~least.isinf()).any()):  # which of the sequences that there are not is all the same
+    if bool(tied[:, keep - 1 :].any()):
         above, equal = flat > least, flat == least
         room = keep - above.sum(dim=1, keepdim=True)
         index = (above | (equal & (equal.cumsum(dim=1) <= room))).nonzero()[:, 1].reshape(len(flat), keep)
