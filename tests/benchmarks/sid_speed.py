@@ -1,15 +1,16 @@
 """Training and constrained beam search of the SID recommenders beside transformers' T5 and cornac's TIGER, on Amazon Beauty.
 
     pip install --no-deps --target FOLDER cornac==3.0.1 powerlaw==1.5
-    python tests/benchmarks/sid_speed.py --cornac FOLDER [--threads 2] [--rounds 7]
+    python tests/benchmarks/sid_speed.py --cornac FOLDER [--threads 2] [--rounds 7] [--beams 10 20 50]
 
 Without `--cornac` its rows are skipped. All have the same training targets (leave-one-out, every prefix), SIDs (TF-IDF and SVD to
 64 dimensions, residual k-means 3 x 256, an extra digit), d 128, 2 + 2 layers, batches of 64, dropout .1, and AdamW. A step counts
 whole, with making its batch. The peers pad every history to 20 items, as their users do; the decoder-only model, of as many
 parameters as the T5, takes 64 users a step and trains all of their targets in one pass. Decoding: transformers' `generate` with a
 dict trie as `prefix_allowed_tokens_fn`, and cornac's own beam search, one user at a time. The contenders take turns, and each
-one's best turn counts: what else runs on the machine can only slow a turn down. Rates per second of processor time stand beside
-those per second: they can be compared on a machine that has no core free.
+one's best turn counts: what else runs on the machine can only slow a turn down. In brackets the median of the rounds' ratios, for
+a best turn may be luck. Rates per second of processor time stand beside those per second: they can be compared on a machine that
+has no core free.
 """
 
 import argparse
@@ -57,21 +58,26 @@ Turn = Callable[[int], float]
 
 
 def turns(title: str, contenders: dict[str, Turn], rounds: int) -> None:
-    """Prints each contender's best rates over ``rounds``, per second and per second of processor; a turn before them warms up."""
-    wall, processor = dict.fromkeys(contenders, 0.0), dict.fromkeys(contenders, 0.0)
+    """Prints each contender's best rates over ``rounds``, per second and per second of processor, and the median of the rounds'
+    ratios to the fastest peer; a turn before them warms up."""
+    wall, processor = ({name: np.zeros(rounds) for name in contenders} for _ in range(2))
     for number in range(rounds + 1):
         for name, turn in contenders.items():
             began, spent, done = time.perf_counter(), time.process_time(), 0.0
             while time.perf_counter() - began < SECONDS:
                 done += turn(number)
             if number:
-                wall[name] = max(wall[name], done / (time.perf_counter() - began))
-                processor[name] = max(processor[name], done / (time.process_time() - spent))
+                wall[name][number - 1] = done / (time.perf_counter() - began)
+                processor[name][number - 1] = done / (time.process_time() - spent)
     peers = [name for name in contenders if not name.startswith("grscale")]
-    print(f"\n{title:46}   per s  x fastest peer   per CPU s  x fastest peer")
+    print(f"\n{title:46}   per s  x fastest peer  (median)   per CPU s  x fastest peer  (median)")
     for name in contenders:
-        ratios = [rate[name] / max(rate[peer] for peer in peers) for rate in (wall, processor)]
-        print(f"  {name:44} {wall[name]:7.1f}  {ratios[0]:14.2f}  {processor[name]:10.1f}  {ratios[1]:14.2f}", flush=True)
+        shown = []
+        for rates in (wall, processor):
+            fastest = np.max([rates[peer] for peer in peers], axis=0)
+            best, median = rates[name].max() / fastest.max(), np.median(rates[name] / fastest)
+            shown.append(f"{rates[name].max():7.1f}  {best:14.2f}  {f'({median:.2f})':>8}")
+        print(f"  {name:44} {'     '.join(shown)}", flush=True)
 
 
 def semantic_ids(vectors: NDArray[np.float32]) -> SidTable:
@@ -221,8 +227,8 @@ def same_lists(a: list[list[int]], b: list[list[int]]) -> float:
     return float(np.mean(same))
 
 
-def compare(split: Split, cornac: Path | None, rounds: int) -> bool:
-    """Prints all; returns whether the lists are those of transformers."""
+def compare(split: Split, cornac: Path | None, widths: Sequence[int], rounds: int) -> bool:
+    """Prints all, the search with so many beams as each of ``widths``; returns whether the lists are those of transformers."""
     sids = semantic_ids(tfidf_vectors(split.titles(), 64, seed=0))
     batcher = SidBatcher(sids, HISTORY)
     recipes = {
@@ -250,7 +256,7 @@ def compare(split: Split, cornac: Path | None, rounds: int) -> bool:
         model.eval()
     users = [u.history for u in split.evaluation_users("test", limit=USERS)]
     decoding = decoders(recipes, sids, batcher, tiger)
-    for beams in BEAMS:
+    for beams in widths:
         each = {name: serve(rank, users, beams, 8 if name.startswith("cornac") else USERS) for name, rank in decoding.items()}
         turns(f"constrained beam search, {beams} beams, users", each, rounds)
     shared = recipes["grscale encoder-decoder, vocabulary"].recommender
@@ -295,7 +301,8 @@ def main() -> int:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--threads", type=int, default=2)
     arguments.add_argument("--rounds", type=int, default=7)
-    return with_cornac(arguments, lambda split, o: compare(split, o.cornac, o.rounds))
+    arguments.add_argument("--beams", type=int, nargs="+", default=BEAMS)
+    return with_cornac(arguments, lambda split, o: compare(split, o.cornac, o.beams, o.rounds))
 
 
 def with_cornac(arguments: argparse.ArgumentParser, run: Callable[[Split, argparse.Namespace], bool]) -> int:
