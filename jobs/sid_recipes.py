@@ -133,7 +133,8 @@ def _decoder_only(config: TrainSidConfig, accelerator: Accelerator, split: Split
     limit, cuts = at_once(accelerator.device), LENGTH_GROUPS if accelerator.device.type == "cpu" else 1
 
     def batches(step: int, accumulation: int) -> list[Micro]:
-        packed = [p for e in stream.batch(step) for p in sequences.training(e.user, e.history, config.rows == "last")]
+        examples = stream.batch(step)
+        packed = sequences.training([e.user for e in examples], [e.history for e in examples], config.rows == "last")
         packed.sort(key=lambda p: len(p.tokens))
         groups = [packed[rows[0] : rows[-1] + 1] for rows in np.array_split(np.arange(len(packed)), cuts) if len(rows)]
         return [

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gr.errors import UserError
-from gr.llm.titles import Titles, TitleTrie, token_places
+from gr.llm.titles import Titles, TitleTrie, ranges, token_places
 
 Ints = NDArray[np.int64]
 Items = NDArray[np.integer]
@@ -78,19 +78,30 @@ class Packed:
 
 def pack(titles: Titles, numbers: Ints, context_titles: int) -> Packed:
     """``<bos>`` and titles ``numbers``, of which the first ``context_titles`` are no targets."""
-    return _pack(titles, numbers, titles, numbers, context_titles)
+    return _packed(titles, numbers, titles, numbers, np.array([len(numbers)]), context_titles)[0]
 
 
-def _pack(titles: Titles, numbers: Ints, shown: Titles, forms: Ints, context: int) -> Packed:
-    """Items whose titles are ``numbers`` and which ``shown`` has as ``forms``; the first ``context`` items are no targets."""
+def _packed(titles: Titles, numbers: Ints, shown: Titles, forms: Ints, sizes: Ints, context: int) -> list[Packed]:
+    """Runs of ``sizes`` (runs,) items, one behind the other, whose titles are ``numbers`` and which ``shown`` has as ``forms``;
+    the first ``context`` items of a run are no targets. All at once, for a batch has many and short ones."""
     bos = np.array(titles.frame.bos, dtype=np.int64)
-    places = token_places(titles, numbers[context:])
-    starts = len(bos) + np.cumsum(shown.lengths[forms]) - shown.lengths[forms]
-    sizes = titles.lengths[numbers[context:]]
-    within = np.arange(len(places)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-    at = np.repeat(starts[context:], sizes) + within - 1
-    tokens = np.concatenate([bos, shown.tokens[token_places(shown, forms)]])
-    return Packed(tokens[: at[-1] + 1], at, titles.tokens[places], places)
+    lengths = shown.lengths_of(forms)
+    run = np.repeat(np.arange(len(sizes)), sizes)  # of each item
+    first = np.cumsum(sizes) - sizes  # item of each run
+    before = np.cumsum(lengths) - lengths  # tokens of the items before, whatever their run
+    begins = before[first] + np.arange(len(sizes)) * len(bos)  # each run's tokens
+    starts = before + (run + 1) * len(bos)  # each item's tokens
+    tokens = np.empty(lengths.sum() + len(sizes) * len(bos), dtype=np.int64)
+    tokens[begins[:, None] + np.arange(len(bos))] = bos
+    tokens[ranges(starts, lengths)] = shown.tokens[token_places(shown, forms)]
+    targets = np.flatnonzero(np.arange(len(run)) - first[run] >= context)
+    many = titles.lengths_of(numbers[targets])
+    places = token_places(titles, numbers[targets])
+    at = ranges((starts - begins[run])[targets] - 1, many)
+    ends = np.cumsum(np.bincount(run[targets], many, len(sizes)).astype(np.int64)).tolist()
+    each = zip(begins.tolist(), [0, *ends], ends, strict=False)
+    predicted = titles.tokens[places]
+    return [Packed(tokens[begin : begin + at[b - 1] + 1], at[a:b], predicted[a:b], places[a:b]) for begin, a, b in each]
 
 
 def training_sequences(
@@ -98,12 +109,20 @@ def training_sequences(
 ) -> list[Packed]:
     """The packed sequences of users' item runs; a user with fewer than two items has none. ``shown``: how items appear in a
     history (None: by their titles)."""
-    shown, packed = shown or titles, []
-    for items in histories:
-        numbers, forms = titles.of_item[items], shown.of_item[items]
-        for start, stop in windows(shown.lengths[forms], max_history, max_tokens - len(titles.frame.bos)):
-            packed.append(_pack(titles, numbers[start:stop], shown, forms[start:stop], 1))
-    return packed
+    shown, room = shown or titles, max_tokens - len(titles.frame.bos)
+    sizes = np.array([len(items) for items in histories], dtype=np.int64)
+    items = np.concatenate([*histories, np.empty(0, np.int64)]).astype(np.int64)
+    numbers, forms = titles.of_item[items], shown.of_item[items]
+    lengths, ends = shown.lengths_of(forms), np.cumsum(sizes)
+    sums = np.append(0, np.cumsum(lengths))
+    long = (sizes > max_history + 1) | (sums[ends] - sums[ends - sizes] > room)
+    runs: list[tuple[int, int]] = []
+    for start, end, cut in zip((ends - sizes).tolist(), ends.tolist(), long.tolist(), strict=True):
+        own = windows(lengths[start:end], max_history, room) if cut else [(0, end - start)] if end - start > 1 else []
+        runs += [(start + first, start + stop) for first, stop in own]
+    begins, stops = np.array(runs, dtype=np.int64).reshape(-1, 2).T
+    places = ranges(begins, stops - begins)
+    return _packed(titles, numbers[places], shown, forms[places], stops - begins, 1)
 
 
 def target_sequence(
@@ -126,7 +145,7 @@ def prompts(
     result = []
     for items in histories:
         forms = shown.of_item[np.asarray(items)[-max_history:]]
-        newest_first = np.cumsum(shown.lengths[forms][::-1])
+        newest_first = np.cumsum(shown.lengths_of(forms)[::-1])
         fit = int(np.searchsorted(newest_first, room, side="right"))
         result.append(np.concatenate([bos, shown.tokens[token_places(shown, forms[len(forms) - fit :])]]))
     return result

@@ -102,6 +102,11 @@ class Titles:
         """(titles,) tokens of each title, its end token included."""
         return np.diff(self.offsets)
 
+    def lengths_of(self, titles: Ints) -> Ints:
+        """`lengths` of some ``titles``, without those of all."""
+        result: Ints = self.offsets[titles + 1] - self.offsets[titles]
+        return result
+
     @property
     def longest(self) -> int:
         return int(self.lengths.max())
@@ -217,7 +222,11 @@ def _members(of_item: Ints, titles: int, popularity: Ints) -> Ints:
 
 def token_places(titles: Titles, numbers: Sequence[int] | Ints) -> Ints:
     """Where in `Titles.tokens` the tokens of several titles stand, one title after the other."""
-    starts = titles.offsets[numbers]
-    sizes = titles.offsets[np.asarray(numbers) + 1] - starts
-    within = np.arange(int(sizes.sum())) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-    return np.asarray(np.repeat(starts, sizes) + within)
+    numbers = np.asarray(numbers)
+    return ranges(titles.offsets[numbers], titles.lengths_of(numbers))
+
+
+def ranges(starts: Ints, lengths: Ints) -> Ints:
+    """For each i, ``lengths[i]`` numbers from ``starts[i]`` on."""
+    result: Ints = np.repeat(starts - (np.cumsum(lengths) - lengths), lengths) + np.arange(int(lengths.sum()))
+    return result

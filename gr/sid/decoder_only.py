@@ -61,12 +61,18 @@ class SidSequences:
         self.titles = titles
         self.shown = replace(titles, tokens=shown.reshape(-1), offsets=np.arange(len(shown) + 1) * shown.shape[1])
 
-    def training(self, user: int, items: Items, last: bool = False) -> list[Packed]:
-        """A user's training sequences; ``last``: of the last item as the only target."""
+    def training(self, users: Sequence[int], histories: Sequence[Items], last: bool = False) -> list[Packed]:
+        """Users' training sequences; ``last``: of the last item as the only target."""
         if last:
-            return [self.target(user, items[:-1], int(items[-1]))]
-        packed = training_sequences(self.titles, [items], self.max_history, self.longest, self.shown)
-        return [replace(p, tokens=self._told(user, p.tokens)) for p in packed]
+            return [self.target(user, items[:-1], int(items[-1])) for user, items in zip(users, histories, strict=True)]
+
+        def packed(some: Sequence[Items]) -> list[Packed]:
+            return training_sequences(self.titles, some, self.max_history, self.longest, self.shown)
+
+        if not (self.reads.user_tokens or self.reads.item_position):  # nothing is told: all at once
+            return packed(histories)
+        each = ((user, p) for user, items in zip(users, histories, strict=True) for p in packed([items]))
+        return [replace(p, tokens=self._told(user, p.tokens)) for user, p in each]
 
     def target(self, user: int, history: Items, target: int) -> Packed:
         """The prompt of ``history`` and one target."""

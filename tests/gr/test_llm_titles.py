@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from gr.data.dataset import ITEMS_SCHEMA
 from gr.errors import UserError
 from gr.llm.documents import Walks
-from gr.llm.sequences import prompts, training_sequences, windows
+from gr.llm.sequences import pack, prompts, training_sequences, windows
 from gr.llm.titles import Titles, TitleTrie, title_texts
 from gr.llm.tokenizer import frame_of
 from gr.text import train_tokenizer
@@ -113,6 +113,24 @@ def test_prompts_and_sequences_cut_whole_titles_from_the_old_end(titles: Titles)
     assert len(packed) == 1 and packed[0].context == 1 + titles.lengths[titles.of_item[7]]
     with pytest.raises(UserError, match=r"max_tokens is 50; .* take 67"):
         titles.check_fits(50)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.lists(st.integers(0, 7), max_size=7), max_size=6), st.integers(1, 6))
+def test_sequences_of_a_batch_are_those_of_each_of_its_users(
+    titles: Titles, histories: list[list[int]], max_history: int
+) -> None:
+    some = [np.array(h, dtype=np.int32) for h in histories]
+    room = len(titles.frame.bos) + 2 * titles.longest
+    together = training_sequences(titles, some, max_history, room)
+    each = [
+        pack(titles, titles.of_item[h[start:stop]], 1)
+        for h in some
+        for start, stop in windows(titles.lengths[titles.of_item[h]], max_history, room - len(titles.frame.bos))
+    ]
+    for own, packed in zip(each, together, strict=True):
+        for name in ("tokens", "at", "targets", "places"):
+            assert np.array_equal(getattr(own, name), getattr(packed, name)), name
 
 
 def test_documents_are_related_repeatable_and_know_no_interactions() -> None:

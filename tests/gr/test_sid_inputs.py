@@ -113,10 +113,10 @@ def test_one_pass_over_all_targets_is_a_pass_per_prefix(sids: SidTable, reads: R
     sequences = SidSequences(sids, HISTORY, reads)
     trie, items = TitleTrie(sequences.titles, normalize), np.array([3, 17, 5, 39, 8, 20, 11])
     model = NextTitle(a_decoder(sids, reads), trie.trie if normalize == "catalogue" else None)
-    (packed,) = sequences.training(5, items)
+    (packed,) = sequences.training([5], [items])
     whole = batch([packed], 0, trie)
     alone = [batch([sequences.target(5, items[:n], int(items[n]))], 0, trie) for n in range(1, len(items))]
-    last = batch(sequences.training(5, items, last=True), 0, trie)
+    last = batch(sequences.training([5], [items], last=True), 0, trie)
     with torch.no_grad():
         together = model.token_nll(**whole.inputs)
         each = [model.token_nll(**b.inputs) for b in alone]
@@ -130,7 +130,7 @@ def test_a_long_history_is_cut_into_windows_that_have_every_target_once(sids: Si
     """Each begins with place 1 and the user's token, and none is longer than the model has places for."""
     items = np.random.default_rng(2).integers(0, 40, 50)
     sequences = SidSequences(sids, HISTORY, ALL)
-    packed, digits, width = sequences.training(5, items), sids.tokens.shape[1], sids.vocab + ALL.more
+    packed, digits, width = sequences.training([5], [items]), sids.tokens.shape[1], sids.vocab + ALL.more
     assert len(packed) > 5
     assert np.concatenate([p.targets.reshape(-1, digits) for p in packed][::-1]).tolist() == sids.tokens[items[1:]].tolist()
     for p in packed:
@@ -266,7 +266,7 @@ def test_flops_are_those_that_torch_counts(sids: SidTable) -> None:
 
     lm = a_decoder(sids, ALL)
     lm.set_attn_implementation("eager")
-    (packed,) = SidSequences(sids, HISTORY, ALL).training(3, np.arange(5))
+    (packed,) = SidSequences(sids, HISTORY, ALL).training([3], [np.arange(5)])
     tokens = torch.from_numpy(packed.tokens)[None]
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         lm(input_ids=tokens)

@@ -91,7 +91,7 @@ def test_a_decoder_only_model_trains_and_ranks_there_as_here(sids: SidTable, nor
     sequences = SidSequences(sids, HISTORY)
     trie = TitleTrie(sequences.titles, normalize)
     model = NextTitle(lm, trie.trie if normalize == "catalogue" else None)
-    packed = [p for user, items in enumerate(HISTORIES) if len(items) > 1 for p in sequences.training(user, items)]
+    packed = sequences.training(range(len(HISTORIES)), HISTORIES)
     (one,) = micro_batches(packed, 0, trie, sids.vocab, limit=ON_GPU)
     here = loss_and_gradients(model, model(**one.inputs))
     prompts, _ = sequences.prompts(range(len(HISTORIES)), HISTORIES)
