@@ -137,7 +137,7 @@ def _continued(past: Tensor, rows: Tensor, new: Tensor) -> Tensor:
 
 
 def _rms_norm(x: Tensor, eps: float) -> Tensor:
-    """``x`` / sqrt(|``x``|^2 + ``eps``): a layer norm but for its scale and sqrt(d_model), which stand in the weights that read it.
+    """x / sqrt(|x|^2 + eps): a layer norm but for its scale and sqrt(d_model), which stand in the weights that read it.
 
     On a CPU torch's own takes half as long again, for it writes down the squares that it sums.
     """
