@@ -83,18 +83,14 @@ class Trie:
             tuple(counted),
         )
 
-    def edges(self, node: Tensor, most: int | None = None) -> tuple[Tensor, Tensor]:
-        """The edges below nodes (...): their (..., n) numbers, and whether there is one; n is the most of any of them, or 1, if
+    def children(self, node: Tensor, most: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Below nodes (...), as (..., n) tokens, child nodes, and whether there is one; n is the most of any of them, or 1, if
         ``most`` does not say it, which spares a GPU the wait for that number."""
         first, end = self.first_edge[node], self.first_edge[node + 1]
         most = max(1, int((end - first).max())) if most is None else most
         edge = first[..., None] + torch.arange(most, device=node.device)
         exists = edge < end[..., None]
-        return edge.clamp_(max=len(self.edge_token) - 1), exists
-
-    def children(self, node: Tensor, most: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """The same as (..., n) tokens, child nodes, and whether there is one."""
-        edge, exists = self.edges(node, most)
+        edge.clamp_(max=len(self.edge_token) - 1)
         return self.edge_token[edge], self.edge_node[edge], exists
 
     def to(self, device: torch.device | str) -> "Trie":

@@ -116,7 +116,7 @@ class _Prefixes:
 def _edges(trie: Trie, nodes: Tensor) -> tuple[Tensor, Tensor]:
     """All edges below ``nodes``, one after the other: (edges,) whose each is among the nodes, and its number.
 
-    `Trie.edges` gives all nodes as many as the widest has: of a whole level, which may have one very wide, too many.
+    `Trie.children` gives all nodes as many as the widest has: of a whole level, which may have one very wide, too many.
     """
     first = trie.first_edge[nodes]
     counts = trie.first_edge[nodes + 1] - first

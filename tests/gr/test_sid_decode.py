@@ -120,6 +120,17 @@ def test_what_is_kept_between_batches_grows_with_their_histories(sids: SidTable)
 
 
 @torch.no_grad()
+def test_norms_and_what_reads_them_are_those_of_the_model_for_vectors_however_short(sids: SidTable) -> None:
+    model = t5(sids.vocab, layers=1, d_model=16, heads=2, d_kv=8, d_ff=32, dropout=0.0).eval()
+    layer = model.encoder.block[0].layer[1]
+    layer.layer_norm.weight.data.uniform_(0.5, 2.0)
+    weights = T5Weights(model, TitleTrie(sid_titles(sids), "catalogue"))
+    for size in (1e-4, 1e-3, 1.0, 1e3):
+        x = size * torch.randn(5, 16)
+        torch.testing.assert_close(weights.norm(x) @ weights.encoder[0].wi, layer.DenseReluDense.wi(layer.layer_norm(x)))
+
+
+@torch.no_grad()
 def test_beams_without_a_choice_left_are_not_run() -> None:
     """Over the catalogue a first digit that one item alone has ends its beam there."""
     alone = SidTable(np.array([[1, 4, 6], [2, 4, 7], [3, 4, 6], [3, 5, 7]]), 8)
