@@ -49,7 +49,7 @@ def _sid(sid: Sid | None, rung: SidRung) -> Work:
         model = (decoder_only if alone else t5)(vocab, **sizes, dropout=0.0, **tables_of(sid.train))
     row = activation_bytes(rung.layers * (1 if alone else 2), rung.d_model, rung.heads, tokens, vocab)
     rows = sid.train.optimizer.global_batch
-    return _work(model, None, row, rows, ON_GPU.tokens // tokens if alone else rows, tokens)
+    return _work(model, None, row, rows, ON_GPU.most(vocab) // tokens if alone else rows, tokens)
 
 
 def _llm(llm: Llm | None, rung: LlmRung) -> Work:
@@ -62,11 +62,11 @@ def _llm(llm: Llm | None, rung: LlmRung) -> Work:
         with torch.device("meta"):
             model = fresh_backbone(llm.pretrain.vocab, **sizes)
         row = activation_bytes(rung.layers, rung.d_model, rung.heads, tokens, llm.pretrain.vocab)
-        return _work(model, None, row, rows, ON_GPU.tokens // tokens, tokens)
+        return _work(model, None, row, rows, ON_GPU.most(llm.pretrain.vocab) // tokens, tokens)
     model = _outside(rung.model)
     text = model.config.get_text_config()
     row = activation_bytes(text.num_hidden_layers, text.hidden_size, text.num_attention_heads, tokens, text.vocab_size)
-    return _work(model, llm.train, row, rows, ON_GPU.tokens // tokens, tokens)
+    return _work(model, llm.train, row, rows, ON_GPU.most(text.vocab_size) // tokens, tokens)
 
 
 def _outside(name: str) -> Any:

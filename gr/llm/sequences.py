@@ -31,6 +31,10 @@ class AtOnce:
     tokens: int
     logits: int
 
+    def most(self, vocab: int) -> int:
+        """Padded tokens of one micro-batch of a model of ``vocab`` tokens, each of which may be predicted from."""
+        return min(self.tokens, self.logits // vocab)
+
 
 ON_CPU = AtOnce(2**12, 2**26)  # more gains nothing, and pads more
 ON_GPU = AtOnce(2**15, 2**29)  # fewer leave the device waiting for its kernels to be started; the logits are 2 GB in fp32
@@ -207,7 +211,7 @@ def micro_batches(
     packed: Sequence[Packed], pad: int, trie: TitleTrie, vocab: int, accumulate: int = 1, limit: AtOnce = ON_CPU
 ) -> list[Batch]:
     """Sequences of like length together, in batches of at most ``limit`` (divided by ``accumulate``), or one sequence."""
-    most = min(limit.tokens, limit.logits // vocab) // accumulate
+    most = limit.most(vocab) // accumulate
     groups: list[list[Packed]] = []
     for p in sorted(packed, key=lambda p: len(p.tokens), reverse=True):
         # The first of a group is its longest; the token that it predicts last counts too.

@@ -18,6 +18,13 @@ def llm(rung: str) -> str:
     return f"llm={{pretrain: {{{rates}}}, train: {{lora: {{rank: 8}}, {rates}}}, ladder: [{rung}]}}"
 
 
+def qwen(folder: Path) -> Path:
+    """The architecture of a model of 1.7 billion weights and 150,000 tokens, with no weights."""
+    sizes = {"hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 28, "vocab_size": 150_000}
+    Qwen3Config(**sizes, num_attention_heads=16, num_key_value_heads=8).save_pretrained(folder / "model")
+    return folder / "model"
+
+
 def plan_of(study_file: Path, *overrides: str) -> Plan:
     return make_plan(load_study(study_file, [*GPU, *overrides]))
 
@@ -49,11 +56,19 @@ def test_both_stages_of_a_fresh_backbone_have_the_rungs_launch(study_file: Path)
 
 
 def test_an_adapter_of_a_model_from_outside_needs_less_than_training_it_all(study_file: Path, tmp_path: Path) -> None:
-    sizes = {"hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 28, "vocab_size": 150_000}
-    Qwen3Config(**sizes, num_attention_heads=16, num_key_value_heads=8).save_pretrained(tmp_path / "model")
-    adapter = llm(f"{{name: outside, model: {tmp_path / 'model'}, launch: auto}}")
-    plan = plan_of(study_file, adapter, "resources.gpu_memory=32")
+    adapter = llm(f"{{name: outside, model: {qwen(tmp_path)}, launch: auto}}")
+    plan = plan_of(study_file, adapter, "resources.gpu_memory=40")
     assert (1, 0) in launches(plan, "train_llm")
+
+
+def test_a_large_vocabulary_makes_micro_batches_small_before_accumulation_does(study_file: Path, tmp_path: Path) -> None:
+    """Rows of 512 tokens that predict 150,000 each: 6 are run at once, whose activations fit 48 GB as they are."""
+    rates = "optimizer: {steps: 4, global_batch: 64, lr: 0.001}"
+    ladder = f"[{{name: outside, model: {qwen(tmp_path)}, launch: auto}}]"
+    adapter = f"llm={{train: {{max_tokens: 512, lora: {{rank: 8}}, {rates}}}, ladder: {ladder}}}"
+    plan = plan_of(study_file, adapter, "resources.gpu_memory=48")
+    assert launches(plan, "train_llm") == {(1, 0)}
+    assert {n.launch.get("accumulation", 1) for n in plan.nodes.values() if n.stage == "train_llm"} == {1}
 
 
 def test_what_it_cannot_choose_by(study_file: Path) -> None:
