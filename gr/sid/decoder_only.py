@@ -66,13 +66,13 @@ class SidSequences:
         if last:
             return [self.target(user, items[:-1], int(items[-1])) for user, items in zip(users, histories, strict=True)]
 
-        def packed(some: Sequence[Items]) -> list[Packed]:
-            return training_sequences(self.titles, some, self.max_history, self.longest, self.shown)
-
-        if not (self.reads.user_tokens or self.reads.item_position):  # nothing is told: all at once
-            return packed(histories)
-        each = ((user, p) for user, items in zip(users, histories, strict=True) for p in packed([items]))
-        return [replace(p, tokens=self._told(user, p.tokens)) for user, p in each]
+        packed = training_sequences(self.titles, histories, self.max_history, self.longest, self.shown)
+        if not (self.reads.user_tokens or self.reads.item_position):
+            return packed
+        # Whose each is: every item but a user's first is a target once.
+        targets = np.cumsum([self.digits * max(0, len(items) - 1) for items in histories])
+        owners = np.searchsorted(targets, np.cumsum([len(p.targets) for p in packed]))
+        return [replace(p, tokens=self._told(users[owner], p.tokens)) for owner, p in zip(owners, packed, strict=True)]
 
     def target(self, user: int, history: Items, target: int) -> Packed:
         """The prompt of ``history`` and one target."""

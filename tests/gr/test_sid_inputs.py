@@ -3,6 +3,7 @@ against scoring the catalogue, saved models, counted parameters."""
 
 from collections.abc import Callable
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import numpy as np
@@ -138,6 +139,15 @@ def test_a_long_history_is_cut_into_windows_that_have_every_target_once(sids: Si
         places = p.tokens[2:] // width
         assert places.tolist() == sorted(places) and (places[0], places[-1]) == (1, -(-len(places) // (digits + 1)))
         assert places.max() <= HISTORY + 1
+
+
+@given(st.lists(st.integers(0, 20), max_size=8), st.sampled_from(EACH), st.randoms(use_true_random=False))
+def test_sequences_of_many_users_are_those_of_each(sids: SidTable, sizes: list[int], reads: Reads, random: Random) -> None:
+    sequences, users = SidSequences(sids, HISTORY, reads), [random.randrange(100) for _ in sizes]
+    histories = [np.array([random.randrange(40) for _ in range(n)], dtype=np.int64) for n in sizes]
+    together = sequences.training(users, histories)
+    each = [p for user, items in zip(users, histories, strict=True) for p in sequences.training([user], [items])]
+    assert [[a.tolist() for a in vars(p).values()] for p in together] == [[a.tolist() for a in vars(p).values()] for p in each]
 
 
 def by_t5(sids: SidTable, reads: Reads, normalize: Normalize) -> Callable[..., tuple[Any, Any]]:
