@@ -12,7 +12,8 @@ BUFFERS = 600_000_000
 ROOM = 0.9
 """The share of a device's memory that is planned with: allocators fragment, and the arithmetic is not exact."""
 FEW_TOKENS = 2048
-"""Of a micro-batch, below which a device is badly used; fewer are planned only where nothing else fits."""
+"""Of a micro-batch, below which a device is badly used; fewer are planned only where nothing else fits, or where a large
+vocabulary leaves a micro-batch less than twice as many."""
 Offload = Literal["none", "cpu"]
 Precision = Literal["fp32", "bf16"]
 
@@ -84,7 +85,8 @@ def choose(work: Work, *, device_bytes: float, devices: int, threads: int = 1, p
 
 def _launches(work: Work, devices: int, threads: int, precision: Precision) -> Iterator[Launch]:
     counts = [n for n in range(1, min(devices, STREAMS) + 1) if STREAMS % n == 0]
-    passes: list[tuple[int, Offload]] = [(-(-FEW_TOKENS // work.row_tokens), "none"), (1, "none"), (1, "cpu")]
+    few = min(-(-FEW_TOKENS // work.row_tokens), max(1, work.most_rows // 2))
+    passes: list[tuple[int, Offload]] = [(few, "none"), (1, "none"), (1, "cpu")]
     for least_rows, offload in passes:
         for n in counts:
             for stage in (1, 2, 3) if offload == "cpu" else (0, 2, 3) if n > 1 else (0,):

@@ -57,7 +57,7 @@ def test_both_stages_of_a_fresh_backbone_have_the_rungs_launch(study_file: Path)
 
 def test_an_adapter_of_a_model_from_outside_needs_less_than_training_it_all(study_file: Path, tmp_path: Path) -> None:
     adapter = llm(f"{{name: outside, model: {qwen(tmp_path)}, launch: auto}}")
-    plan = plan_of(study_file, adapter, "resources.gpu_memory=40")
+    plan = plan_of(study_file, adapter, "resources.gpu_memory=32")
     assert (1, 0) in launches(plan, "train_llm")
 
 
