@@ -6,16 +6,18 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from cluster import tuning
 from cluster.graph import Plan, Point, width_name
+from cluster.machines import Checked, check_room, machines
 from cluster.measure import refresh_rows
 from cluster.plan import make_plan
 from cluster.progress import Progress
-from cluster.ray_cluster import check_machines, check_room, connect, head_watched, machines
+from cluster.ray_cluster import connect, head_watched
+from cluster.room import Need
 from cluster.store import Failure, Stop, Store
 from cluster.study import Loaded
 
@@ -136,17 +138,20 @@ def _with_ray(plan: Plan, store: Store, address: str | None, module: str, stop: 
 
     try:
         catch(stop)  # ray.init puts its own handler of SIGTERM in place, which aborts
-        if address:
-            check_machines(plan, store)
-        if not stop.asked:
-            with head_watched(address, GO_ON):
-                _tune(plan, store, module, stop)
+        with contextlib.ExitStack() as stack:
+            having: Callable[[], dict[str, Need]] = machines
+            if address:
+                having = stack.enter_context(Checked(plan, store))
+                having.wait()
+            if not stop.asked:
+                with head_watched(address, GO_ON):
+                    _tune(plan, store, module, stop, having)
     finally:
         ray.shutdown()
         store.end_groups(plan)
 
 
-def _tune(plan: Plan, store: Store, module: str, stop: Stop) -> None:
+def _tune(plan: Plan, store: Store, module: str, stop: Stop, having: Callable[[], dict[str, Need]]) -> None:
     from ray import tune
 
     from cluster.schedule import Schedule, Stopped, resources
@@ -154,7 +159,7 @@ def _tune(plan: Plan, store: Store, module: str, stop: Stop) -> None:
 
     for name in ("ray.tune", "ray.train", "ray.air"):
         logging.getLogger(name).setLevel(logging.CRITICAL)  # failures are told in the study's own words
-    schedule = Schedule(plan, store, module, stop, machines)
+    schedule = Schedule(plan, store, module, stop, having)
     stopping = {}
     if plan.trials:  # never of measured points, which no such plan has
         from cluster.stopping import PerSweep

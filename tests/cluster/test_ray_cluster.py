@@ -68,9 +68,14 @@ class Cluster:
         raise AssertionError(Path(self.log.name).read_text())
 
     def alive(self) -> set[str]:
-        """The ids of the raylets."""
+        """The ids of the raylets. Who asks through one that was just killed gets no answer, which is not that there are none."""
         words = [sys.executable, "-c", ALIVE, self.address]
-        return set(subprocess.run(words, env=self.env, capture_output=True, text=True, timeout=240).stdout.split())
+        for _ in range(5):
+            asked = subprocess.run(words, env=self.env, capture_output=True, text=True, timeout=240)
+            if asked.returncode == 0:
+                return set(asked.stdout.split())
+            time.sleep(2.0)
+        raise AssertionError(asked.stderr)
 
     def kill(self, part: subprocess.Popen[bytes]) -> None:
         """It and all that it started."""
@@ -131,14 +136,40 @@ def test_a_machine_that_can_not_see_the_folder_is_named(study_file: Path, tmp_pa
     if os.geteuid() != 0:
         pytest.skip("a mount of its own for one raylet needs root")
     (tmp_path / "out").mkdir()
-    hide = 'mount -t tmpfs none "$0" && exec "$@"'
-    blind = cluster.add(["unshare", "-m", "sh", "-c", hide, str(tmp_path / "out")])
+    blind = cluster.add(blinded(tmp_path / "out"))
     try:
         _, err = finished(driver(study_file, tmp_path / "out"), 2)
         assert "--ray: machine " in err and f"can't see {tmp_path / 'out'}; it has to lie on a file system" in err
         assert joined.read_text() == "" and not list((tmp_path / "out").glob("work/.probe*"))
     finally:
         cluster.kill(blind)
+
+
+def test_a_machine_that_joins_and_can_not_see_the_folder_gets_no_work(
+    study_file: Path, tmp_path: Path, joined: Path, cluster: Cluster
+) -> None:
+    """The first trainings hold the cores of the machines that are there; the others wait, and would start on the new one."""
+    if os.geteuid() != 0:
+        pytest.skip("a mount of its own for one raylet needs root")
+    (tmp_path / "out").mkdir()
+    process = driver(study_file, tmp_path / "out", "seeds=[1000, 1001, 1002]")
+    wait_for_training(tmp_path / "out", process)
+    blind = cluster.add(blinded(tmp_path / "out"))
+    try:
+        assert process.stderr is not None
+        said = next((line for line in process.stderr if "it gets no work" in line), "")
+        joined.with_name("go").touch()
+        finished(process, 0)
+        assert said.startswith("machine ") and f"can't see {tmp_path / 'out'}; it has to lie on a file system" in said
+        ran = [line.split("-")[0] for line in joined.read_text().splitlines()]
+        assert ran.count("train_sid") == 6 and not list((tmp_path / "out").glob("work/.probe*"))
+    finally:
+        cluster.kill(blind)
+
+
+def blinded(folder: Path) -> list[str]:
+    """Words before a command that let it see nothing in FOLDER."""
+    return ["unshare", "-m", "sh", "-c", 'mount -t tmpfs none "$0" && exec "$@"', str(folder)]
 
 
 def test_when_the_head_is_killed_nothing_goes_on_and_a_rerun_completes(

@@ -9,8 +9,8 @@ import yaml
 from ray.tune.search import Searcher
 
 from cluster.graph import Plan
+from cluster.machines import check_room
 from cluster.plan import make_plan
-from cluster.ray_cluster import check_room
 from cluster.room import Need
 from cluster.schedule import DIED, NO_ROOM, Schedule, need, resources
 from cluster.store import Stop, Store
