@@ -9,8 +9,9 @@ READY := $(VENV)/.ready
 study: $(READY)
 	$(BIN)/grscale run
 
+# Three files at a time, of one thread each: most of their time processes start, wait or are killed.
 test: $(READY)
-	$(BIN)/pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow" -n 3 --dist loadfile
 
 test-slow: $(READY)
 	$(BIN)/pytest -m "slow and not long"
