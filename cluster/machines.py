@@ -7,7 +7,7 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,13 +30,17 @@ logger = logging.getLogger(__name__)
 
 def machines() -> dict[str, Need]:
     """What each living machine of the cluster has in all, by its id."""
+    return {id: _has(node) for id, node in _living().items()}
+
+
+def _living() -> dict[str, dict[str, Any]]:
     import ray
 
-    return {
-        node["NodeID"]: Need(*(float(node["Resources"].get(name, 0)) for name in ("CPU", "GPU", "memory")))
-        for node in ray.nodes()
-        if node["Alive"]
-    }
+    return {node["NodeID"]: node for node in ray.nodes() if node["Alive"]}
+
+
+def _has(node: dict[str, Any]) -> Need:
+    return Need(*(float(node["Resources"].get(name, 0)) for name in ("CPU", "GPU", "memory")))
 
 
 @dataclass
@@ -58,7 +62,7 @@ class Checked:
     """
 
     def __init__(self, plan: Plan, store: Store) -> None:
-        self.paths, self.folder = _outside(plan), store.folder
+        self.paths, self.folder, self.mine = _outside(plan), store.folder, installed()
         self.probe = store.folder / "work" / f".probe-{os.getpid()}"
         self.asked: dict[str, _Asked] = {}
         self.passed: set[str] = set()
@@ -81,17 +85,18 @@ class Checked:
 
     def __call__(self) -> dict[str, Need]:
         """What those that have passed have in all, by their ids."""
-        for words in self._look():
-            logger.warning("%s; it gets no work", words)
+        try:
+            for words in self._look():
+                logger.warning("%s; it gets no work", words)
+        except OSError as error:  # of a full disk, or a file system that hangs: no reason to end what runs
+            logger.warning("a machine that joined could not be asked yet: %s", error)
         return {id: need for id, need in machines().items() if id in self.passed}
 
-    def _look(self) -> list[str]:
-        """Asks who is new and hears who has answered; returns what is to be said of those that did not pass."""
-        import ray
-
-        nodes, said = {node["NodeID"]: node for node in ray.nodes() if node["Alive"]}, []
+    def _look(self) -> Iterator[str]:
+        """Asks who is new and hears who has answered; what is to be said of those that did not pass."""
+        nodes = _living()
         for id in nodes.keys() - self.asked.keys() - self.passed - self.refused:
-            if nodes[id]["Resources"].get("CPU", 0) > 0:
+            if _has(nodes[id]).cpus > 0:
                 self.asked[id] = self._ask(nodes[id])
             else:
                 self.passed.add(id)  # as a head often is: no job will run there
@@ -104,10 +109,9 @@ class Checked:
                 self.passed.add(id)
             elif words:
                 self.refused.add(id)
-                said.append(f"{_named(asked.node)} {words}")
+                yield f"{_named(asked.node)} {words}"
         if not self.asked:
             self._tidy()
-        return said
 
     def _tidy(self) -> None:
         if self.probe.is_dir():
@@ -140,18 +144,24 @@ class Checked:
         appeared = asked.node["NodeID"] in os.listdir(self.probe)  # noqa: PTH208
         if found["writes"] and not appeared and waited < APPEARS:
             return None
-        return _against(found, look(str(self.probe), [], "driver"), self.folder, appeared)
+        return against(found, self.mine, self.folder, appeared)
 
 
 def look(folder: str, paths: list[str], name: str) -> dict[str, Any]:
     """Runs on a machine of the cluster: what it sees of the study, and what it has installed."""
     there = Path(folder)
-    found: dict[str, Any] = {"sees": (there / "probe").is_file(), "writes": False, "python": platform.python_version()}
+    found: dict[str, Any] = {"sees": (there / "probe").is_file(), "writes": False}
     if found["sees"]:
         with contextlib.suppress(OSError):
             (there / name).write_text(name)
             found["writes"] = True
     found["missing"] = [path for path in paths if not Path(path).exists()]
+    return found | installed()
+
+
+def installed() -> dict[str, str | None]:
+    """The versions of Python and of what jobs import; None where it is missing."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
     for package in REQUIREMENTS:
         try:
             found[package] = importlib.metadata.version(package)
@@ -160,7 +170,7 @@ def look(folder: str, paths: list[str], name: str) -> dict[str, Any]:
     return found
 
 
-def _against(found: dict[str, Any], mine: dict[str, Any], folder: Path, appeared: bool) -> str:
+def against(found: dict[str, Any], mine: dict[str, str | None], folder: Path, appeared: bool) -> str:
     """What speaks against a machine that found this, where we have ``mine``; empty if nothing does."""
     shared = "it has to lie on a file system that every machine of the cluster has at the same path (--out)"
     if not found["sees"]:
